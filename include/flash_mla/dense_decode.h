@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flash_mla/export.h"
+#include "flash_mla/tensor.h"
+
+namespace flash_mla {
+
+constexpr int kHeadDimQk = 576;   ///< values of a query head, and of a cached token: 512 + 64
+constexpr int kHeadDimV = 512;    ///< the first 512 of a token's values are its V
+constexpr int kHeadDimRope = 64;  ///< its last 64 values carry RoPE
+constexpr float kDefaultSoftmaxScale = 1.0F / 24.0F;  ///< 576 ** -0.5
+
+/// Dense MLA decode over a paged cache. All tensors lie on one device: a Hopper GPU (compute capability 9.0) or the CPU.
+/// Every extent may be 0 except the head dimensions, the numbers of heads and the page size.
+struct DenseDecodeArguments {
+  /// (batch, seqlen_q, num_heads_q, 576), bfloat16 or float16. Last dimension contiguous; on the GPU the address and
+  /// the other strides are multiples of 16 bytes.
+  Tensor q;
+  /// (num_pages, page_size, num_heads_k, 576), as q. page_size is a power of two; num_heads_k divides num_heads_q.
+  Tensor k_cache;
+  /// (batch, max_pages), int32, last dimension contiguous: page numbers. Entries past a request's last page are never
+  /// read. A request's length is cut at max_pages * page_size.
+  Tensor block_table;
+  /// (batch,), int32, contiguous: tokens in each request's cache. 0 is legal; negative counts as 0.
+  Tensor cache_seqlens;
+  /// Out: (batch, seqlen_q, num_heads_q, 512), as q. Rows with no key to see get 0. Strides as q.
+  Tensor out;
+  /// Out: (batch, num_heads_q, seqlen_q), float32, any strides: natural log of the sum of exp(softmax_scale * q.k);
+  /// +inf for rows with no key to see.
+  Tensor lse;
+  /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8) and (batch + 1,), int32, contiguous. Leave
+  /// both out, and the call plans by itself, on the device. Both are ignored on the CPU.
+  Tensor tile_scheduler_metadata;
+  Tensor num_splits;
+  /// Finite and above 0.
+  float softmax_scale = kDefaultSoftmaxScale;
+  /// Query i of seqlen_q sees keys up to cache_seqlens - seqlen_q + i (bottom-right).
+  bool causal = false;
+};
+
+/// Bytes of device memory that dense_decode needs as workspace for these arguments: a function of shapes and of the
+/// device only, never of values in device memory. 0 on the CPU. Pointers may be null here.
+/// @throws InvalidArgument, InvalidType, Unsupported, CudaError
+FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args);
+
+/// Runs dense decode. On a CUDA device: launches on `stream` and returns; allocates nothing, never synchronises, leaves
+/// the calling thread's current device as it was, and can be captured in a CUDA graph, which on replay follows the
+/// values in cache_seqlens, block_table and, if given, the plan. Two calls that may overlap need a workspace each.
+/// On the CPU: threaded, done when the function returns; workspace and stream are ignored.
+///
+/// @param workspace        device memory, 16-byte aligned, contents arbitrary
+/// @param workspace_bytes  at least dense_decode_workspace_size(args)
+/// @throws InvalidArgument, InvalidType, Unsupported before anything is launched; CudaError
+FLASH_MLA_API void dense_decode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes,
+                                CUstream_st* stream);
+
+}  // namespace flash_mla
