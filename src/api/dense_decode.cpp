@@ -1,0 +1,190 @@
+#include "flash_mla/dense_decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "api/check.h"
+#include "combine/combine.h"
+#include "cpu/dense_decode.h"
+#include "cuda/device.h"
+#include "cuda/tensor_map.h"
+#include "flash_mla/error.h"
+#include "flash_mla/plan.h"
+#include "scheduler/plan.h"
+#include "sm90/dense_decode/launch.h"
+
+namespace flash_mla {
+namespace {
+
+constexpr std::size_t kWorkspaceAlignment = 16;
+constexpr int kChunkColumns = 64;  // 128 bytes: the swizzle's row
+constexpr float kLog2E = 1.44269504088896340736F;
+
+/// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
+struct Workspace {
+  std::size_t out_accum;
+  std::size_t lse_accum;
+  std::size_t size;
+};
+
+int num_parts(const DenseDecodeArguments& args, const DenseDecodeShape& shape) {
+  if (shape.num_sm_parts > 0) return static_cast<int>(shape.num_sm_parts);
+  const int group_size = static_cast<int>(shape.num_heads_q / shape.num_heads_k);
+  const auto tiling = sm90::QueryTiling::make(group_size, static_cast<int>(std::max<std::int64_t>(shape.seqlen_q, 1)));
+  return static_cast<int>(dense_decode_num_sm_parts(static_cast<std::int64_t>(tiling.num_tiles) * sm90::kBlockM,
+                                                    shape.num_heads_k, args.q.device));
+}
+
+Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
+  const auto align = [](std::size_t bytes) {
+    return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  };
+  const std::size_t rows = std::size_t{2} * static_cast<std::size_t>(parts) *
+                           static_cast<std::size_t>(shape.seqlen_q * shape.num_heads_q);
+  Workspace workspace{};
+  workspace.out_accum = shape.num_sm_parts > 0 ? 0 : static_cast<std::size_t>(parts) * sizeof(scheduler::Part);
+  workspace.lse_accum = workspace.out_accum + rows * kHeadDimV * sizeof(float);
+  workspace.size = align(workspace.lse_accum + rows * sizeof(float));
+  return workspace;
+}
+
+bool is_empty(const DenseDecodeShape& shape) { return shape.batch_size == 0 || shape.seqlen_q == 0; }
+
+/// Strides as the copy engine takes them: a dimension of one element may have any stride, and it wants a legal one.
+std::int64_t map_stride(const Tensor& t, int dim) { return t.shape[dim] > 1 ? t.strides[dim] : t.shape[t.rank - 1]; }
+
+CUtensorMap make_q_map(const Tensor& q, const sm90::QueryTiling& tiling) {
+  return cuda::make_tensor_map({q.data,
+                                q.dtype,
+                                {q.shape[3], q.shape[2], q.shape[1], q.shape[0]},
+                                {map_stride(q, 2), map_stride(q, 1), map_stride(q, 0)},
+                                {kChunkColumns, tiling.heads_per_tile, tiling.queries_per_tile, 1}});
+}
+
+CUtensorMap make_k_cache_map(const Tensor& k, const void* any_address) {
+  const int box_tokens = static_cast<int>(std::min<std::int64_t>(k.shape[1], scheduler::kBlockN));
+  // A cache without pages is never read, but the map wants an address and an extent.
+  void* data = k.shape[0] > 0 ? k.data : const_cast<void*>(any_address);
+  return cuda::make_tensor_map({data,
+                                k.dtype,
+                                {k.shape[3], k.shape[1], k.shape[2], std::max<std::int64_t>(k.shape[0], 1)},
+                                {map_stride(k, 1), map_stride(k, 2), map_stride(k, 0)},
+                                {kChunkColumns, box_tokens, 1, 1}});
+}
+
+int log2_of(std::int64_t power_of_two) {
+  int log2 = 0;
+  while ((std::int64_t{1} << log2) < power_of_two) ++log2;
+  return log2;
+}
+
+sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const DenseDecodeShape& shape, int parts) {
+  sm90::DenseDecodeParams params{};
+  params.batch_size = static_cast<int>(shape.batch_size);
+  params.seqlen_q = static_cast<int>(shape.seqlen_q);
+  params.num_heads_q = static_cast<int>(shape.num_heads_q);
+  params.num_heads_k = static_cast<int>(shape.num_heads_k);
+  params.tiling = sm90::QueryTiling::make(params.num_heads_q / params.num_heads_k, params.seqlen_q);
+  params.q_map = make_q_map(args.q, params.tiling);
+  params.k_cache_map = make_k_cache_map(args.k_cache, args.q.data);
+  params.page_size_log2 = log2_of(shape.page_size);
+  params.max_seqlen_k = shape.num_pages > 0 ? static_cast<int>(shape.max_pages * shape.page_size) : 0;
+  params.block_table = static_cast<const int*>(args.block_table.data);
+  params.stride_block_table = args.block_table.strides[0];
+  params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
+  params.num_parts = parts;
+  params.softmax_scale = args.softmax_scale;
+  params.softmax_scale_log2 = args.softmax_scale * kLog2E;
+  params.causal = args.causal;
+  params.out = args.out.data;
+  params.stride_out_batch = args.out.strides[0];
+  params.stride_out_query = args.out.strides[1];
+  params.stride_out_head = args.out.strides[2];
+  params.lse = static_cast<float*>(args.lse.data);
+  params.stride_lse_batch = args.lse.strides[0];
+  params.stride_lse_head = args.lse.strides[1];
+  params.stride_lse_query = args.lse.strides[2];
+  return params;
+}
+
+combine::CombineParams make_combine_params(const sm90::DenseDecodeParams& decode) {
+  combine::CombineParams params{};
+  params.parts = decode.parts;
+  params.num_parts = decode.num_parts;
+  params.batch_size = decode.batch_size;
+  params.seqlen_q = decode.seqlen_q;
+  params.num_heads_q = decode.num_heads_q;
+  params.out_accum = decode.out_accum;
+  params.lse_accum = decode.lse_accum;
+  params.out = decode.out;
+  params.stride_out_batch = decode.stride_out_batch;
+  params.stride_out_query = decode.stride_out_query;
+  params.stride_out_head = decode.stride_out_head;
+  params.lse = decode.lse;
+  params.stride_lse_batch = decode.stride_lse_batch;
+  params.stride_lse_head = decode.stride_lse_head;
+  params.stride_lse_query = decode.stride_lse_query;
+  return params;
+}
+
+void check_workspace(const Workspace& needed, const void* workspace, std::size_t workspace_bytes) {
+  if (workspace_bytes < needed.size || workspace == nullptr) {
+    throw InvalidArgument("workspace: expected at least " + std::to_string(needed.size) + " bytes, got " +
+                          (workspace == nullptr ? std::string("a null pointer") : std::to_string(workspace_bytes)));
+  }
+  if (reinterpret_cast<std::uintptr_t>(workspace) % kWorkspaceAlignment != 0) {
+    throw InvalidArgument("workspace: expected an address that is a multiple of " +
+                          std::to_string(kWorkspaceAlignment) + " bytes");
+  }
+}
+
+/// Plan (where the caller gives none), decode, combine: three launches that overlap at their ends.
+void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& shape, void* workspace,
+                      std::size_t workspace_bytes, CUstream_st* stream) {
+  const cuda::DeviceGuard guard(args.q.device.index);
+  const int parts = num_parts(args, shape);
+  const Workspace layout = lay_out_workspace(shape, parts);
+  check_workspace(layout, workspace, workspace_bytes);
+  auto* const bytes = static_cast<unsigned char*>(workspace);
+
+  sm90::DenseDecodeParams params = make_params(args, shape, parts);
+  params.out_accum = reinterpret_cast<float*>(bytes + layout.out_accum);
+  params.lse_accum = reinterpret_cast<float*>(bytes + layout.lse_accum);
+  if (args.tile_scheduler_metadata) {
+    params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
+  } else {
+    auto* const planned = reinterpret_cast<scheduler::Part*>(bytes);
+    scheduler::plan_on_device({params.cache_seqlens, params.batch_size, parts, planned, nullptr}, stream);
+    params.parts = planned;
+  }
+  if (args.q.dtype == DType::kBFloat16) {
+    sm90::launch_dense_decode_bf16(params, stream);
+  } else {
+    sm90::launch_dense_decode_fp16(params, stream);
+  }
+  combine::launch_combine(make_combine_params(params), args.out.dtype, stream);
+}
+
+}  // namespace
+
+std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args) {
+  const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/false);
+  if (args.q.device.type == DeviceType::kCpu || is_empty(shape)) return 0;
+  cuda::require_hopper(args.q.device.index);
+  return lay_out_workspace(shape, num_parts(args, shape)).size;
+}
+
+void dense_decode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes,
+                  CUstream_st* stream) {
+  const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/true);
+  if (is_empty(shape)) return;
+  if (args.q.device.type == DeviceType::kCpu) {
+    cpu::dense_decode(args, shape);
+    return;
+  }
+  cuda::require_hopper(args.q.device.index);
+  decode_on_hopper(args, shape, workspace, workspace_bytes, stream);
+}
+
+}  // namespace flash_mla

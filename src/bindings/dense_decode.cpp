@@ -1,0 +1,70 @@
+#include "flash_mla/dense_decode.h"
+
+#include "bindings/dlpack.h"
+#include "bindings/register.h"
+
+namespace flash_mla::bindings {
+namespace {
+
+/// The views of a call and the arguments made of them.
+struct Call {
+  ArrayView q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits;
+  DenseDecodeArguments args;
+
+  Call(nb::handle q_, nb::handle k_cache_, nb::handle block_table_, nb::handle cache_seqlens_, nb::handle out_,
+       nb::handle lse_, nb::handle tile_scheduler_metadata_, nb::handle num_splits_, float softmax_scale, bool causal)
+      : q("q", q_),
+        k_cache("k_cache", k_cache_),
+        block_table("block_table", block_table_),
+        cache_seqlens("cache_seqlens", cache_seqlens_),
+        out("out", out_, Access::kWrite),
+        lse("lse", lse_, Access::kWrite),
+        tile_scheduler_metadata(ArrayView::optional("tile_scheduler_metadata", tile_scheduler_metadata_)),
+        num_splits(ArrayView::optional("num_splits", num_splits_)),
+        args{q.tensor(),
+             k_cache.tensor(),
+             block_table.tensor(),
+             cache_seqlens.tensor(),
+             out.tensor(),
+             lse.tensor(),
+             tile_scheduler_metadata.tensor(),
+             num_splits.tensor(),
+             softmax_scale,
+             causal} {}
+};
+
+std::size_t workspace_size(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
+                           nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
+                           float softmax_scale, bool causal) {
+  const Call call(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, softmax_scale,
+                  causal);
+  return dense_decode_workspace_size(call.args);
+}
+
+void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens, nb::handle out,
+            nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits, float softmax_scale, bool causal,
+            nb::handle stream, nb::handle allocate) {
+  const Call call(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, softmax_scale,
+                  causal);
+  const std::size_t workspace_bytes = dense_decode_workspace_size(call.args);
+  const Workspace workspace(call.q, workspace_bytes, allocate);
+  CUstream_st* const cuda_stream = call.q.current_stream(stream);
+  const nb::gil_scoped_release no_gil;
+  dense_decode(call.args, workspace.data(), workspace_bytes, cuda_stream);
+}
+
+}  // namespace
+
+void register_dense_decode(nb::module_& m) {
+  using namespace nb::literals;
+  m.def("dense_decode_workspace_size", workspace_size, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a, "out"_a,
+        "lse"_a, "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
+        "Checks the arguments of dense_decode; bytes of workspace that they need.");
+  m.def("dense_decode", decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a, "out"_a, "lse"_a,
+        "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
+        "stream"_a = nb::none(), "allocate"_a = nb::none(),
+        "Writes out and lse. `stream` and `allocate`, (num_bytes) -> uint8 array, serve array types without DLPack's "
+        "exchange table; for others the stream and the workspace come from their library.");
+}
+
+}  // namespace flash_mla::bindings

@@ -1,0 +1,40 @@
+#include <nanobind/nanobind.h>
+
+#include "bindings/dlpack.h"
+#include "bindings/register.h"
+#include "flash_mla/error.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+/// Translators are asked from the last one registered to the first, so a derived class comes after its base.
+void register_exceptions(nb::module_& m) {
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const flash_mla::InvalidType& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    } catch (const flash_mla::InvalidArgument& e) {
+      PyErr_SetString(PyExc_ValueError, e.what());
+    }
+  });
+  nb::exception<flash_mla::Unsupported>(m, "Unsupported", PyExc_RuntimeError);
+  nb::exception<flash_mla::CudaError>(m, "CudaError", PyExc_RuntimeError);
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  register_exceptions(m);
+  nb::class_<flash_mla::bindings::Bfloat16Bits>(m, "Bfloat16Bits",
+                                                "A uint16 array whose values are the bits of bfloat16 numbers.")
+      .def(
+          "__init__",
+          [](flash_mla::bindings::Bfloat16Bits* self, nb::object bits) {
+            new (self) flash_mla::bindings::Bfloat16Bits{std::move(bits)};
+          },
+          nb::arg("bits"));
+  flash_mla::bindings::register_plan(m);
+  flash_mla::bindings::register_dense_decode(m);
+}

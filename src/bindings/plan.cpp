@@ -1,0 +1,33 @@
+#include "flash_mla/plan.h"
+
+#include "bindings/dlpack.h"
+#include "bindings/register.h"
+
+namespace flash_mla::bindings {
+namespace {
+
+std::int64_t num_sm_parts(std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k, nb::handle like) {
+  return dense_decode_num_sm_parts(num_q_tokens_per_head_k, num_heads_k,
+                                   ArrayView("cache_seqlens", like).tensor().device);
+}
+
+void plan(nb::handle cache_seqlens, nb::handle tile_scheduler_metadata, nb::handle num_splits, nb::handle stream) {
+  const ArrayView seqlens("cache_seqlens", cache_seqlens);
+  const ArrayView metadata("tile_scheduler_metadata", tile_scheduler_metadata, Access::kWrite);
+  const ArrayView splits("num_splits", num_splits, Access::kWrite);
+  CUstream_st* const cuda_stream = seqlens.current_stream(stream);
+  const nb::gil_scoped_release no_gil;
+  plan_dense_decode(seqlens.tensor(), metadata.tensor(), splits.tensor(), cuda_stream);
+}
+
+}  // namespace
+
+void register_plan(nb::module_& m) {
+  using namespace nb::literals;
+  m.def("dense_decode_num_sm_parts", num_sm_parts, "num_q_tokens_per_head_k"_a, "num_heads_k"_a, "cache_seqlens"_a,
+        "The first extent of tile_scheduler_metadata on the device of cache_seqlens.");
+  m.def("plan_dense_decode", plan, "cache_seqlens"_a, "tile_scheduler_metadata"_a, "num_splits"_a,
+        "stream"_a = nb::none(), "Writes the plan of a step for cache_seqlens into the two other arrays.");
+}
+
+}  // namespace flash_mla::bindings

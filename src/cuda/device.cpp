@@ -1,0 +1,69 @@
+#include "cuda/device.h"
+
+#include <array>
+#include <mutex>
+#include <string>
+
+#include "cuda/error.h"
+
+namespace flash_mla::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+int attribute(cudaDeviceAttr attr, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attr, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+DeviceProperties read_properties(int device) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) {
+    (void)cudaGetLastError();
+    throw Unsupported(std::string("no usable CUDA driver: ") + cudaGetErrorString(status) +
+                      "; dense decode on a GPU needs a Hopper GPU (compute capability 9.0)");
+  }
+  if (device >= count) {
+    throw Unsupported("device: expected a CUDA device below " + std::to_string(count) + ", got " +
+                      std::to_string(device));
+  }
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  return {major * 10 + minor, attribute(cudaDevAttrMultiProcessorCount, device)};
+}
+
+}  // namespace
+
+const DeviceProperties& device_properties(int device) {
+  static std::array<std::once_flag, kMaxDevices> once;
+  static std::array<DeviceProperties, kMaxDevices> properties;
+  if (device < 0 || device >= kMaxDevices) {
+    throw Unsupported("device: expected a CUDA device from 0 to " + std::to_string(kMaxDevices - 1) + ", got " +
+                      std::to_string(device));
+  }
+  std::call_once(once[device], [device] { properties[device] = read_properties(device); });
+  return properties[device];
+}
+
+void require_hopper(int device) {
+  const int found = device_properties(device).compute_capability;
+  if (found != 90) {
+    throw Unsupported("device: expected a Hopper GPU (compute capability 9.0), got compute capability " +
+                      std::to_string(found / 10) + "." + std::to_string(found % 10));
+  }
+}
+
+DeviceGuard::DeviceGuard(int device) : previous_(device), changed_(false) {
+  check(cudaGetDevice(&previous_), "cudaGetDevice");
+  if (previous_ == device) return;
+  check(cudaSetDevice(device), "cudaSetDevice");
+  changed_ = true;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (changed_) (void)cudaSetDevice(previous_);
+}
+
+}  // namespace flash_mla::cuda

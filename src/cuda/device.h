@@ -1,0 +1,32 @@
+#pragma once
+
+#include "flash_mla/tensor.h"
+
+namespace flash_mla::cuda {
+
+/// What the library needs to know of a GPU.
+struct DeviceProperties {
+  int compute_capability;  // major * 10 + minor
+  int num_sms;
+};
+
+/// Properties of a device, read once. Throws Unsupported where there is no driver or no such device.
+const DeviceProperties& device_properties(int device);
+
+/// Throws Unsupported unless `device` is a Hopper GPU (compute capability 9.0).
+void require_hopper(int device);
+
+/// Makes a device current on this thread, and the previous one again at the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_;
+  bool changed_;
+};
+
+}  // namespace flash_mla::cuda

@@ -1,0 +1,137 @@
+#pragma once
+
+#include <cstdint>
+
+#include "flash_mla/plan.h"
+
+// How a step's work is split over parts, in integer arithmetic that host and device share.
+//
+// A request of n KV blocks costs n plus a fixed cost for each piece it is worked in. Laid end to end, the requests'
+// costs form a line of length total_cost, which is cut into num_parts intervals of equal length. Where each cut falls
+// depends on the prefix sum of costs alone, so all parts are planned in parallel. A part whose interval begins inside
+// a request pays that request's fixed cost once more: no part costs more than total_cost / num_parts + piece_cost,
+// rounded up.
+
+#if defined(__CUDACC__)
+#define FLASH_MLA_HOST_DEVICE __host__ __device__
+#else
+#define FLASH_MLA_HOST_DEVICE
+#endif
+
+namespace flash_mla::scheduler {
+
+/// Tokens of a KV block: the unit in which requests are split.
+constexpr int kBlockN = 64;
+
+/// What a piece costs beside its blocks (load of Q, epilogue, combine), in blocks.
+constexpr std::int64_t kMaxPieceCost = 5;
+
+/// end_block of a piece that reaches the end of its request, whatever its length is when the kernel runs.
+constexpr std::int32_t kToEnd = INT32_MAX;
+
+/// One row of tile_scheduler_metadata. The part works on requests begin_request to end_request, both included: from
+/// begin_block of the first, up to end_block (excluded) of the last. An empty part has begin_request > end_request.
+/// Every request belongs to a part, also one of length 0.
+struct alignas(16) Part {
+  std::int32_t begin_request;
+  std::int32_t begin_block;
+  std::int32_t end_request;
+  std::int32_t end_block;
+  /// Pieces of end_request from this part on. Above 1, the part's last piece is followed by one in each of the next
+  /// num_pieces - 1 parts.
+  std::int32_t num_pieces;
+  std::int32_t reserved[3];
+};
+static_assert(sizeof(Part) == kTileSchedulerMetadataSize * sizeof(std::int32_t), "one row of the metadata");
+
+FLASH_MLA_HOST_DEVICE inline std::int64_t num_blocks(std::int32_t seqlen_k) {
+  return seqlen_k > 0 ? (static_cast<std::int64_t>(seqlen_k) + kBlockN - 1) / kBlockN : 0;
+}
+
+/// Sums over all requests, from which the plan follows.
+struct Workload {
+  std::int64_t num_blocks = 0;    // a request of length 0 counts as one
+  std::int64_t num_nonempty = 0;  // requests of length above 0
+
+  FLASH_MLA_HOST_DEVICE void add(std::int32_t seqlen_k) {
+    num_blocks += seqlen_k > 0 ? scheduler::num_blocks(seqlen_k) : 1;
+    num_nonempty += seqlen_k > 0;
+  }
+};
+
+/// Where cuts fall. "Offset" is a prefix sum of cost(): where a request begins on the line of costs.
+class SplitPlan {
+ public:
+  FLASH_MLA_HOST_DEVICE SplitPlan(Workload work, std::int64_t max_parts) {
+    num_parts_ = work.num_blocks < max_parts ? work.num_blocks : max_parts;
+    // At most one cut may fall into a request's fixed cost: an interval is longer than that.
+    const std::int64_t spare = num_parts_ > 0 ? work.num_blocks / num_parts_ - 1 : 0;
+    piece_cost_ = spare < kMaxPieceCost ? spare : kMaxPieceCost;
+    total_cost_ = work.num_blocks + piece_cost_ * work.num_nonempty;
+  }
+
+  /// Parts with work: the first ones. The others stay empty.
+  FLASH_MLA_HOST_DEVICE std::int64_t num_parts() const { return num_parts_; }
+  FLASH_MLA_HOST_DEVICE std::int64_t total_cost() const { return total_cost_; }
+  FLASH_MLA_HOST_DEVICE std::int64_t piece_cost() const { return piece_cost_; }
+
+  FLASH_MLA_HOST_DEVICE std::int64_t cost(std::int32_t seqlen_k) const {
+    return seqlen_k > 0 ? num_blocks(seqlen_k) + piece_cost_ : 1;
+  }
+  /// Where part `part` begins on the line of costs.
+  FLASH_MLA_HOST_DEVICE std::int64_t cut(std::int64_t part) const { return part * total_cost_ / num_parts_; }
+  /// The first part whose cut lies at or after `offset`.
+  FLASH_MLA_HOST_DEVICE std::int64_t first_cut_from(std::int64_t offset) const {
+    return (offset * num_parts_ + total_cost_ - 1) / total_cost_;
+  }
+  /// The block at which `part`, whose cut lies inside the request at `offset`, begins.
+  FLASH_MLA_HOST_DEVICE std::int32_t begin_block(std::int64_t part, std::int64_t offset) const {
+    const std::int64_t block = cut(part) - offset - piece_cost_;
+    return block > 0 ? static_cast<std::int32_t>(block) : 0;
+  }
+  /// The last part with a piece of the request that ends at `end_offset`.
+  FLASH_MLA_HOST_DEVICE std::int64_t last_part(std::int64_t end_offset) const { return first_cut_from(end_offset) - 1; }
+  /// In how many pieces the request from `offset` to `end_offset` is worked.
+  FLASH_MLA_HOST_DEVICE std::int32_t num_pieces(std::int64_t offset, std::int64_t end_offset) const {
+    const std::int64_t part = first_cut_from(offset);
+    const bool begins_there = part < num_parts_ && cut(part) < end_offset && begin_block(part, offset) == 0;
+    return static_cast<std::int32_t>(last_part(end_offset) - part + (begins_there ? 1 : 2));
+  }
+
+  /// Writes what the cut of `part` decides: where it begins, and where the part before it ends. The cut lies inside
+  /// `request`, which spans `offset` to `end_offset`.
+  FLASH_MLA_HOST_DEVICE void write_cut(Part* parts, std::int64_t part, std::int32_t request, std::int64_t offset,
+                                       std::int64_t end_offset) const {
+    const std::int32_t block = begin_block(part, offset);
+    parts[part].begin_request = request;
+    parts[part].begin_block = block;
+    if (part > 0) {
+      write_end(parts, part - 1, block > 0 ? request : request - 1, block > 0 ? block : kToEnd,
+                block > 0 ? static_cast<std::int32_t>(last_part(end_offset) - part + 2) : 1);
+    }
+  }
+  /// Writes the rows that no cut decides: the end of the last part, and the empty parts behind it.
+  FLASH_MLA_HOST_DEVICE void write_rest(Part* parts, std::int64_t part, std::int32_t batch_size) const {
+    if (part == num_parts_ - 1) write_end(parts, part, batch_size - 1, kToEnd, 1);
+    if (part >= num_parts_) {
+      parts[part].begin_request = batch_size;
+      parts[part].begin_block = 0;
+      write_end(parts, part, batch_size - 1, kToEnd, 1);
+    }
+  }
+
+ private:
+  FLASH_MLA_HOST_DEVICE static void write_end(Part* parts, std::int64_t part, std::int32_t request, std::int32_t block,
+                                              std::int32_t num_pieces) {
+    parts[part].end_request = request;
+    parts[part].end_block = block;
+    parts[part].num_pieces = num_pieces;
+    for (std::int32_t& value : parts[part].reserved) value = 0;
+  }
+
+  std::int64_t num_parts_;
+  std::int64_t piece_cost_;
+  std::int64_t total_cost_;
+};
+
+}  // namespace flash_mla::scheduler

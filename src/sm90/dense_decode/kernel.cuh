@@ -1,0 +1,109 @@
+#pragma once
+
+#include "sm90/dense_decode/epilogue.cuh"
+#include "sm90/dense_decode/load.cuh"
+#include "sm90/dense_decode/mainloop.cuh"
+#include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/traits.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/grid.cuh"
+#include "sm90/ptx/registers.cuh"
+#include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/tma.cuh"
+
+namespace flash_mla::sm90 {
+
+template <class Traits>
+__device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Traits>& shared) {
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = Traits::kWarpgroupThreads / 32;
+    ptx::prefetch_tensor_map(&params.q_map);
+    ptx::prefetch_tensor_map(&params.k_cache_map);
+    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+    ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
+    for (int buffer = 0; buffer < Traits::kNumBuffers; ++buffer) {
+      for (auto& barrier : shared.kv_full[buffer]) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
+      for (auto& barrier : shared.kv_empty[buffer]) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  // Rows that no query fills: zeros, which cost the tensor cores less power than what lay there.
+  const int first = params.tiling.rows_per_tile() * Traits::kRowBytes / 16;
+  constexpr int kVectors = Traits::kChunkBytes / 16;
+  for (int i = first + threadIdx.x; i < kVectors; i += Traits::kNumThreads) {
+    for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+      ptx::store_shared_v4(ptx::shared_address(shared.q) + chunk * Traits::kChunkBytes + i * 16, 0, 0, 0, 0);
+    }
+  }
+  ptx::fence_proxy_async();
+}
+
+/// A consumer's walk over the part's pieces.
+template <class Traits>
+__device__ __forceinline__ void consume(const DenseDecodeParams& params, SharedStorage<Traits>& shared, int warpgroup,
+                                        const QueryTile& tile, int head_k, int part_idx) {
+  Consumer<Traits> consumer(params, shared, warpgroup);
+  const RowCoordinate rows[2] = {{params, tile, head_k, fragment_row()}, {params, tile, head_k, fragment_row() + 8}};
+  const RowCoordinate first_row(params, tile, head_k, 0);
+  PieceWalk walk(params, part_idx);
+  Piece piece;
+  int parity = 0;
+  while (walk.next(piece)) {
+    float row_max[2] = {kNoMax, kNoMax};
+    float row_sum[2] = {0.0F, 0.0F};
+    consumer.reset();
+    if (piece.begin_block < piece.end_block) {
+      const int limits[2] = {rows[0].limit(params, piece.seqlen_k), rows[1].limit(params, piece.seqlen_k)};
+      consumer.run(piece, limits, first_row.limit(params, piece.seqlen_k));
+      // The sum of both warpgroups; two sets of cells, since the other may still read those of the piece before.
+      auto& cells = shared.row_sum[parity];
+      parity ^= 1;
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        row_max[r] = consumer.row_max[r];
+        cells[warpgroup][fragment_row() + 8 * r] = row_reduce_sum(consumer.row_sum[r]);
+      }
+      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        row_sum[r] = cells[0][fragment_row() + 8 * r] + cells[1][fragment_row() + 8 * r];
+      }
+    }
+    const Epilogue<Traits> epilogue(params, piece, warpgroup);
+    epilogue.template write_row<0>(rows[0], consumer.o, row_max[0], row_sum[0]);
+    epilogue.template write_row<1>(rows[1], consumer.o, row_max[1], row_sum[1]);
+  }
+}
+
+/// Dense MLA decode. Grid: (tiles of query rows, KV heads, parts); neighbours read the same KV. One CTA an SM: two
+/// consumer warpgroups and one that holds the producer warp.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kNumThreads, 1)
+    dense_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
+  extern __shared__ unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
+  const int head_k = blockIdx.y;
+  const int part_idx = blockIdx.z;
+  const QueryTile tile(params.tiling, blockIdx.x);
+
+  init_shared(params, shared);
+  __syncthreads();
+  ptx::wait_for_previous_grids();
+  ptx::launch_dependents();
+
+  if (warpgroup == Traits::kNumConsumers) {
+    ptx::decrease_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x / 32 != Traits::kConsumerThreads / 32) return;
+    Producer<Traits> producer(params, shared);
+    PieceWalk walk(params, part_idx);
+    Piece piece;
+    while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
+  } else {
+    ptx::increase_registers<Traits::kConsumerRegisters>();
+    consume(params, shared, warpgroup, tile, head_k, part_idx);
+  }
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,243 @@
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/fragment.cuh"
+#include "sm90/primitives/softmax.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/wgmma.cuh"
+
+namespace flash_mla::sm90 {
+
+/// One of the two consumer warpgroups. It owns every second KV block (its S, its softmax) and one half of O's columns,
+/// to which it adds the P of both. The two run half a step apart; README.md beside this file draws the schedule.
+template <class Traits>
+class Consumer {
+  using Element = typename Traits::Element;
+
+ public:
+  __device__ __forceinline__ Consumer(const DenseDecodeParams& params, SharedStorage<Traits>& shared, int warpgroup)
+      : softmax_scale_log2_(params.softmax_scale_log2),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        q_(ptx::shared_address(shared.q)),
+        kv_(ptx::shared_address(shared.kv)),
+        p_exchange_(ptx::shared_address(shared.p) + threadIdx.x % Traits::kWarpgroupThreads * 16),
+        kv_full_(ptx::shared_address(shared.kv_full[warpgroup])),
+        kv_empty_(ptx::shared_address(shared.kv_empty)) {}
+
+  /// Before each piece.
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0F;
+    row_max[0] = row_max[1] = kNoMax;
+    row_sum[0] = row_sum[1] = 0.0F;
+  }
+
+  /// O, row maxima and row sums (this warpgroup's share) of a piece with at least one block. `limits`: for each of the
+  /// thread's rows, the number of the request's tokens that it sees; `min_limit`: the least of the tile.
+  __device__ __forceinline__ void run(const Piece& piece, const int (&limits)[2], int min_limit) {
+    piece_ = piece;
+    limits_[0] = limits[0];
+    limits_[1] = limits[1];
+    min_limit_ = min_limit;
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
+    q_phase_ ^= 1;
+
+    const int num_blocks = piece.end_block - piece.begin_block;
+    int own = warpgroup_;
+    if (warpgroup_ == 0) {  // nothing precedes the first block
+      ptx::wgmma_fence();
+      issue_qk();
+      ptx::wgmma_wait<0>();
+      release(0, Traits::kRopePair);
+      soften(own);
+      hand_over();
+      add_own();
+      own += Traits::kNumConsumers;
+    }
+#pragma unroll 1
+    for (; own < num_blocks; own += Traits::kNumConsumers) {
+      take_over();
+      ptx::wgmma_fence();
+      issue_qk();
+      issue_pv(p_other_, 1 - warpgroup_);
+      ptx::wgmma_wait<2>();
+      release(warpgroup_, Traits::kRopePair);
+      soften(own);
+      hand_over();
+      finish_pv(1 - warpgroup_);
+      add_own();
+    }
+    if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
+    if ((num_blocks - 1) % Traits::kNumConsumers != warpgroup_) {  // the last block is the other's
+      take_over();
+      ptx::wgmma_fence();
+      issue_pv(p_other_, 1 - warpgroup_);
+      finish_pv(1 - warpgroup_);
+    }
+  }
+
+  /// This warpgroup's columns of O, 128 and 128.
+  float o[2][64];
+  float row_max[2];
+  /// Over this warpgroup's blocks and this thread's columns.
+  float row_sum[2];
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+
+  /// S = Q K^T of the own buffer's block, RoPE first, then in the order in which the producer fills it.
+  __device__ __forceinline__ void issue_qk() {
+    std::uint32_t k = kv_ + warpgroup_ * Traits::kTileBytes, q = q_, full = kv_full_;
+    ptx::launder(k);
+    ptx::launder(q);
+    ptx::launder(full);
+#pragma unroll
+    for (int j = 0; j < Traits::kNumChunks; ++j) {
+      constexpr int kHalf = Traits::kNumVChunks / 2;
+      const int second = j - 1 < kHalf ? j - 1 + kHalf : j - 1 - kHalf;
+      const int chunk = j == 0 ? Traits::kNumVChunks : warpgroup_ == 0 ? j - 1 : second;
+      ptx::mbarrier_wait(full + chunk * sizeof(std::uint64_t), kv_phase_);
+#pragma unroll
+      for (int step = 0; step < Traits::kChunkBytes / Traits::kBlockN / kStepBytes; ++step) {
+        const std::uint32_t offset = chunk * Traits::kChunkBytes + step * kStepBytes;
+        ptx::wgmma_m64n64k16<Element>(s_, ptx::swizzled_descriptor<16>(q + offset),
+                                      ptx::swizzled_descriptor<16>(k + offset), j + step != 0);
+      }
+    }
+    ptx::wgmma_commit();
+    kv_phase_ ^= 1;
+  }
+
+  /// Adds P V to O for the block in `buffer`, in two groups of 128 columns.
+  __device__ __forceinline__ void issue_pv(const std::uint32_t (&p)[16], int buffer) {
+    std::uint32_t v = kv_ + buffer * Traits::kTileBytes + warpgroup_ * Traits::kNumVChunks / 2 * Traits::kChunkBytes;
+    ptx::launder(v);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int step = 0; step < Traits::kBlockN / 16; ++step) {
+        ptx::wgmma_m64n128k16_ra_tb<Element>(
+            o[half], &p[4 * step],
+            ptx::swizzled_descriptor<Traits::kChunkBytes>(v + half * 2 * Traits::kChunkBytes +
+                                                          step * 16 * Traits::kRowBytes));
+      }
+      ptx::wgmma_commit();
+    }
+  }
+
+  /// Waits for the PV on `buffer` and gives its chunks back, each half as soon as it is done.
+  __device__ __forceinline__ void finish_pv(int buffer) {
+    ptx::wgmma_wait<1>();
+    release(buffer, 2 * warpgroup_);
+    ptx::wgmma_wait<0>();
+    release(buffer, 2 * warpgroup_ + 1);
+  }
+
+  __device__ __forceinline__ void add_own() {
+    rescale_o(rescale_[0], rescale_[1]);
+    ptx::wgmma_fence();
+    issue_pv(p_, warpgroup_);
+    finish_pv(warpgroup_);
+  }
+
+  /// Mask and softmax of the own block: S -> P.
+  __device__ __forceinline__ void soften(int own) {
+    const int begin_token = (piece_.begin_block + own) * Traits::kBlockN;
+    if (begin_token + Traits::kBlockN > min_limit_) {
+      apply_mask(s_, {{limits_[0] - begin_token, limits_[1] - begin_token}});
+      if (begin_token + Traits::kBlockN > piece_.seqlen_k) clear_dead_values(piece_.seqlen_k - begin_token);
+    }
+    online_softmax(s_, row_max, row_sum, rescale_, softmax_scale_log2_);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) p_[i] = pack<Element>(s_[2 * i], s_[2 * i + 1]);
+  }
+
+  /// Zeroes V of the own block's tokens from `live` on: 0 * NaN must not reach O. Its QK is done.
+  __device__ __forceinline__ void clear_dead_values(int live) {
+    constexpr int kVectorsPerRow = Traits::kRowBytes / 16;
+    constexpr int kThreadsPerRow = kVectorsPerRow * Traits::kNumVChunks;
+    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
+    const std::uint32_t column = kv_ + warpgroup_ * Traits::kTileBytes +
+                                 thread % kThreadsPerRow / kVectorsPerRow * Traits::kChunkBytes +
+                                 thread % kVectorsPerRow * 16;
+    for (int row = live + thread / kThreadsPerRow; row < Traits::kBlockN;
+         row += Traits::kWarpgroupThreads / kThreadsPerRow) {
+      ptx::store_shared_v4(column + row * Traits::kRowBytes, 0, 0, 0, 0);
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kWarpgroupReady + warpgroup_, Traits::kWarpgroupThreads);
+  }
+
+  /// Gives P and the row state to the other warpgroup. Each thread has one counterpart there, and one slot serves both
+  /// directions: whoever writes it has read what the counterpart had written.
+  __device__ __forceinline__ void hand_over() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::store_shared_v4(p_exchange_ + i * Traits::kWarpgroupThreads * 16, p_[4 * i], p_[4 * i + 1], p_[4 * i + 2],
+                           p_[4 * i + 3]);
+    }
+    if (lane() % 4 == 0) {
+      shared_.row_state[fragment_row()] = {rescale_[0], row_max[0]};
+      shared_.row_state[fragment_row() + 8] = {rescale_[1], row_max[1]};
+    }
+    ptx::named_barrier_arrive(kPReady + warpgroup_, Traits::kConsumerThreads);
+  }
+
+  /// Takes the other's P and row state, and brings O and the sums to its maximum.
+  __device__ __forceinline__ void take_over() {
+    ptx::named_barrier_sync(kPReady + 1 - warpgroup_, Traits::kConsumerThreads);
+    float scale[2];
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const RowState state = shared_.row_state[fragment_row() + 8 * r];
+      scale[r] = state.scale;
+      row_max[r] = state.max;
+      row_sum[r] *= state.scale;
+    }
+    rescale_o(scale[0], scale[1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::load_shared_v4(p_exchange_ + i * Traits::kWarpgroupThreads * 16, p_other_[4 * i], p_other_[4 * i + 1],
+                          p_other_[4 * i + 2], p_other_[4 * i + 3]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale_o(float scale0, float scale1) {
+    if (!__any_sync(~0U, scale0 != 1.0F || scale1 != 1.0F)) return;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      o[0][i] *= row_of(i) == 0 ? scale0 : scale1;
+      o[1][i] *= row_of(i) == 0 ? scale0 : scale1;
+    }
+  }
+
+  /// This warp is done with a pair of chunks.
+  __device__ __forceinline__ void release(int buffer, int pair) {
+    if (lane() == 0) ptx::mbarrier_arrive(kv_empty_ + (buffer * Traits::kNumPairs + pair) * sizeof(std::uint64_t));
+  }
+
+  static constexpr int kStepBytes = 16 * sizeof(Element);  // k of one wgmma
+
+  const float softmax_scale_log2_;
+  SharedStorage<Traits>& shared_;
+  const int warpgroup_;
+  const std::uint32_t q_, kv_, p_exchange_, kv_full_, kv_empty_;
+  std::uint32_t q_phase_ = 0;
+  std::uint32_t kv_phase_ = 0;
+
+  Piece piece_;
+  int limits_[2];
+  int min_limit_;
+  float s_[32];
+  float rescale_[2];
+  std::uint32_t p_[16];
+  std::uint32_t p_other_[16];
+};
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "scheduler/split_plan.h"
+#include "sm90/dense_decode/query_tiling.h"
+
+namespace flash_mla::sm90 {
+
+/// What the kernel takes, by value. Strides in elements.
+struct DenseDecodeParams {
+  CUtensorMap q_map;        // (576, num_heads_q, seqlen_q, batch), box (64, heads_per_tile, queries_per_tile, 1)
+  CUtensorMap k_cache_map;  // (576, page_size, num_heads_k, num_pages), box (64, min(page_size, 64), 1, 1)
+
+  int batch_size;
+  int seqlen_q;
+  int num_heads_q;
+  int num_heads_k;
+  QueryTiling tiling;
+
+  int page_size_log2;
+  int max_seqlen_k;  // max_pages * page_size: lengths are cut there
+  const int* block_table;
+  std::int64_t stride_block_table;
+  const int* cache_seqlens;
+
+  const scheduler::Part* parts;  // (num_parts,)
+  int num_parts;
+
+  float softmax_scale;
+  float softmax_scale_log2;  // softmax_scale * log2(e)
+  bool causal;
+
+  void* out;  // (batch, seqlen_q, num_heads_q, 512)
+  std::int64_t stride_out_batch, stride_out_query, stride_out_head;
+  float* lse;  // (batch, num_heads_q, seqlen_q)
+  std::int64_t stride_lse_batch, stride_lse_head, stride_lse_query;
+
+  // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
+  // for one that begins it.
+  float* out_accum;  // (2 * num_parts, seqlen_q, num_heads_q, 512), normalised
+  float* lse_accum;  // (2 * num_parts, seqlen_q, num_heads_q), base 2; -inf where no key was seen
+};
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,48 @@
+#pragma once
+
+#include "sm90/dense_decode/params.h"
+
+namespace flash_mla::sm90 {
+
+/// A contiguous range of one request's KV blocks, worked by one CTA.
+struct Piece {
+  int request;
+  int seqlen_k;
+  int begin_block;
+  int end_block;  // excluded; begin_block where the piece has no tokens
+  bool is_whole;  // the request's only piece: its result is final
+  int slot;       // where the result goes otherwise
+};
+
+/// Walks the pieces of a part. Every role of the CTA walks them alike.
+class PieceWalk {
+ public:
+  __device__ PieceWalk(const DenseDecodeParams& params, int part_idx)
+      : params_(params), part_idx_(part_idx), part_(params.parts[part_idx]) {
+    request_ = max(part_.begin_request, 0);
+    last_request_ = min(part_.end_request, params.batch_size - 1);
+  }
+
+  __device__ bool next(Piece& piece) {
+    if (request_ > last_request_) return false;
+    const int begin = request_ == part_.begin_request ? max(part_.begin_block, 0) : 0;
+    const int end = request_ == part_.end_request ? part_.end_block : scheduler::kToEnd;
+    piece.request = request_;
+    piece.seqlen_k = min(params_.cache_seqlens[request_], params_.max_seqlen_k);
+    piece.end_block = min(end, static_cast<int>(scheduler::num_blocks(piece.seqlen_k)));
+    piece.begin_block = min(begin, piece.end_block);
+    piece.is_whole = begin == 0 && end == scheduler::kToEnd;
+    piece.slot = 2 * part_idx_ + (begin == 0 ? 1 : 0);
+    ++request_;
+    return true;
+  }
+
+ private:
+  const DenseDecodeParams& params_;
+  int part_idx_;
+  scheduler::Part part_;
+  int request_;
+  int last_request_;
+};
+
+}  // namespace flash_mla::sm90

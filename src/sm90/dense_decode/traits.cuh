@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+
+#include "flash_mla/dense_decode.h"
+#include "scheduler/split_plan.h"
+#include "sm90/dense_decode/query_tiling.h"
+
+namespace flash_mla::sm90 {
+
+/// Constants of the kernel. A tile (Q, or a block of 64 tokens) lies in shared memory as nine chunks of 64 rows and 64
+/// columns, each in the 128-byte swizzle; the last holds the RoPE columns.
+template <class Element_>
+struct DenseDecodeTraits {
+  using Element = Element_;
+
+  static constexpr int kBlockN = scheduler::kBlockN;
+  static constexpr int kChunkColumns = 64;
+  static constexpr int kRowBytes = kChunkColumns * sizeof(Element);
+  static constexpr int kChunkBytes = kBlockN * kRowBytes;
+  static constexpr int kNumChunks = kHeadDimQk / kChunkColumns;
+  static constexpr int kNumVChunks = kHeadDimV / kChunkColumns;
+  static constexpr int kTileBytes = kNumChunks * kChunkBytes;
+  static constexpr int kNumBuffers = 2;
+  /// Chunks of a KV buffer are freed and refilled in pairs 0 to 3 (V) and alone (RoPE).
+  static constexpr int kNumPairs = kNumVChunks / 2 + 1;
+  static constexpr int kRopePair = kNumPairs - 1;
+
+  static constexpr int kWarpgroupThreads = 128;
+  static constexpr int kNumConsumers = 2;
+  static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
+  static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24;
+
+  /// Columns of O that one consumer warpgroup accumulates, in two halves.
+  static constexpr int kColumnsPerConsumer = kHeadDimV / kNumConsumers;
+
+  static_assert(kBlockM == kBlockN, "Q tiles and KV tiles have one layout");
+};
+
+/// The state that travels with a P from one warpgroup to the other, for each row.
+struct RowState {
+  float scale;  // what the accumulators of O so far are to be multiplied with
+  float max;    // running maximum of the raw scores that P is relative to
+};
+
+template <class Traits>
+struct alignas(1024) SharedStorage {
+  unsigned char q[Traits::kTileBytes];
+  unsigned char kv[Traits::kNumBuffers][Traits::kTileBytes];
+  unsigned char p[Traits::kChunkBytes];  // a thread's P fragment, on its way to the other warpgroup
+  RowState row_state[kBlockM];
+  float row_sum[2][Traits::kNumConsumers][kBlockM];  // [parity of the piece]
+  std::uint64_t q_full;
+  std::uint64_t q_empty;
+  std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];
+  std::uint64_t kv_empty[Traits::kNumBuffers][Traits::kNumPairs];
+};
+
+/// Named barriers; 0 is __syncthreads.
+enum NamedBarrier : int {
+  kPReady = 1,           // + warpgroup: its P is in shared memory
+  kConsumersReady = 3,   // both consumer warpgroups
+  kWarpgroupReady = 4,   // + warpgroup: one consumer warpgroup
+};
+
+}  // namespace flash_mla::sm90

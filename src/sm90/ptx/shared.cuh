@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cstdint>
+
+// Addresses of shared memory, and loads and stores through them: PTX ISA, "State spaces", "ld", "st".
+
+namespace flash_mla::ptx {
+
+/// The address that PTX instructions take.
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void store_shared_v4(std::uint32_t address, std::uint32_t a, std::uint32_t b,
+                                                std::uint32_t c, std::uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ void load_shared_v4(std::uint32_t address, std::uint32_t& a, std::uint32_t& b,
+                                               std::uint32_t& c, std::uint32_t& d) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+
+/// Orders this thread's ordinary accesses of shared memory before what the async proxy (wgmma, bulk copies) does with
+/// it after a later barrier. PTX ISA, "membar / fence", proxy fences.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Keeps the compiler from computing anything from `value` ahead of this point.
+__device__ __forceinline__ void launder(std::uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+}  // namespace flash_mla::ptx
