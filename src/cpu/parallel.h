@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -39,7 +38,7 @@ void parallel_for(std::int64_t num_items, const MakeWorker& make_worker) {
   if (num_others > 0) others.reserve(static_cast<std::size_t>(num_others));
   try {
     for (std::int64_t i = 0; i < num_others; ++i) others.emplace_back(run);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // The system gives no more threads: those that run share the work.
   }
   run();

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     ptx::decrease_registers<Traits::kProducerRegisters>();
     if (threadIdx.x / 32 != Traits::kConsumerThreads / 32) return;
     Producer<Traits> producer(params, shared);
+    if (!producer.is_active()) return;
     PieceWalk walk(params, part_idx);
     Piece piece;
     while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
