@@ -5,6 +5,7 @@
 
 #include "api/check.h"
 #include "cuda/device.h"
+#include "flash_mla/error.h"
 #include "scheduler/plan.h"
 #include "sm90/dense_decode/query_tiling.h"
 

@@ -6,9 +6,9 @@
 namespace flash_mla::bindings {
 namespace {
 
-std::int64_t num_sm_parts(std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k, nb::handle like) {
+std::int64_t num_sm_parts(nb::handle cache_seqlens, std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k) {
   return dense_decode_num_sm_parts(num_q_tokens_per_head_k, num_heads_k,
-                                   ArrayView("cache_seqlens", like).tensor().device);
+                                   ArrayView("cache_seqlens", cache_seqlens).tensor().device);
 }
 
 void plan(nb::handle cache_seqlens, nb::handle tile_scheduler_metadata, nb::handle num_splits, nb::handle stream) {
@@ -24,7 +24,7 @@ void plan(nb::handle cache_seqlens, nb::handle tile_scheduler_metadata, nb::hand
 
 void register_plan(nb::module_& m) {
   using namespace nb::literals;
-  m.def("dense_decode_num_sm_parts", num_sm_parts, "num_q_tokens_per_head_k"_a, "num_heads_k"_a, "cache_seqlens"_a,
+  m.def("dense_decode_num_sm_parts", num_sm_parts, "cache_seqlens"_a, "num_q_tokens_per_head_k"_a, "num_heads_k"_a,
         "The first extent of tile_scheduler_metadata on the device of cache_seqlens.");
   m.def("plan_dense_decode", plan, "cache_seqlens"_a, "tile_scheduler_metadata"_a, "num_splits"_a,
         "stream"_a = nb::none(), "Writes the plan of a step for cache_seqlens into the two other arrays.");

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
+static_assert(kThreads >= kMaxBatchKeptWhole, "such a batch is one chunk");
 
 /// Inclusive prefix sum over the CTA's threads; `total` is the sum over all. `scratch` holds kWarps values.
 __device__ std::int64_t block_scan(std::int64_t value, std::int64_t* scratch, std::int64_t& total) {
@@ -42,6 +43,14 @@ __device__ int find_request(const std::int64_t* offsets, int count, std::int64_t
   return low;
 }
 
+/// Whether all parts can take whole requests. `offsets` holds the prefix sums of cost of the whole batch.
+__device__ bool keeps_whole(const SplitPlan& plan, const std::int64_t* offsets, int batch_size) {
+  const int count = static_cast<int>(plan.whole_requests(batch_size));
+  const int begin = threadIdx.x * count;
+  const int end = min(begin + count, batch_size);
+  return __syncthreads_and(begin >= batch_size || plan.allows_whole(offsets[end] - offsets[begin]));
+}
+
 /// One CTA. First the sums over all requests, then, kThreads requests at a time, their prefix sums of cost: each
 /// request counts its pieces, each part whose cut lies among them looks up its request.
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
@@ -68,6 +77,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
     if (threadIdx.x == 0) offsets[0] = chunk_offset;
     offsets[threadIdx.x + 1] = end_offset;
     __syncthreads();
+    if (args.batch_size <= kMaxBatchKeptWhole && keeps_whole(plan, offsets, args.batch_size)) {
+      for (int part = threadIdx.x; part < args.num_parts; part += kThreads) {
+        plan.write_whole(args.parts, part, args.batch_size);
+      }
+      for (int i = threadIdx.x; args.num_splits != nullptr && i <= args.batch_size; i += kThreads) args.num_splits[i] = i;
+      return;
+    }
 
     if (args.num_splits != nullptr) {
       const std::int64_t pieces = is_request ? plan.num_pieces(end_offset - cost, end_offset) : 0;

@@ -11,6 +11,9 @@
 // depends on the prefix sum of costs alone, so all parts are planned in parallel. A part whose interval begins inside
 // a request pays that request's fixed cost once more: no part costs more than total_cost / num_parts + piece_cost,
 // rounded up.
+//
+// Splitting writes and reads partial results. Where every part can take the same number of whole requests and none
+// gets much more than its share (batches of about equal lengths), no request is split.
 
 #if defined(__CUDACC__)
 #define FLASH_MLA_HOST_DEVICE __host__ __device__
@@ -25,6 +28,13 @@ constexpr int kBlockN = 64;
 
 /// What a piece costs beside its blocks (load of Q, epilogue, combine), in blocks.
 constexpr std::int64_t kMaxPieceCost = 5;
+
+/// What merging split requests costs a part, in blocks; and the share of a part's work that may be given for it.
+constexpr std::int64_t kMaxMergeCost = 6;
+constexpr std::int64_t kMergeShare = 16;
+
+/// Larger batches are not looked at for keeping requests whole.
+constexpr std::int32_t kMaxBatchKeptWhole = 1024;
 
 /// end_block of a piece that reaches the end of its request, whatever its length is when the kernel runs.
 constexpr std::int32_t kToEnd = INT32_MAX;
@@ -96,6 +106,26 @@ class SplitPlan {
     const std::int64_t part = first_cut_from(offset);
     const bool begins_there = part < num_parts_ && cut(part) < end_offset && begin_block(part, offset) == 0;
     return static_cast<std::int32_t>(last_part(end_offset) - part + (begins_there ? 1 : 2));
+  }
+
+  /// Requests of a part where none is split.
+  FLASH_MLA_HOST_DEVICE std::int64_t whole_requests(std::int32_t batch_size) const {
+    return (batch_size + num_parts_ - 1) / num_parts_;
+  }
+  /// Whether a part with whole requests may cost this much.
+  FLASH_MLA_HOST_DEVICE bool allows_whole(std::int64_t part_cost) const {
+    const std::int64_t share = total_cost_ / num_parts_;
+    const std::int64_t merge_cost = share / kMergeShare < kMaxMergeCost ? share / kMergeShare : kMaxMergeCost;
+    return part_cost <= share + piece_cost_ + merge_cost;
+  }
+  /// Writes a part's row where no request is split.
+  FLASH_MLA_HOST_DEVICE void write_whole(Part* parts, std::int64_t part, std::int32_t batch_size) const {
+    const std::int64_t count = whole_requests(batch_size);
+    const std::int64_t begin = part * count < batch_size ? part * count : batch_size;
+    const std::int64_t end = begin + count < batch_size ? begin + count : batch_size;
+    parts[part].begin_request = static_cast<std::int32_t>(begin);
+    parts[part].begin_block = 0;
+    write_end(parts, part, static_cast<std::int32_t>(end) - 1, kToEnd, 1);
   }
 
   /// Writes what the cut of `part` decides: where it begins, and where the part before it ends. The cut lies inside

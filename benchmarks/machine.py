@@ -1,0 +1,109 @@
+"""What a result was measured on: GPU, driver, clocks, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+COMMIT_VARIABLE = "FLASH_MLA_COMMIT"
+SAMPLE_MILLISECONDS = 20
+
+
+def describe() -> dict[str, Any]:
+    """The machine, in the words of PyTorch and nvidia-smi."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "num_sms": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9),
+        "driver": _query("driver_version"),
+        "power_limit_watts": _number(_query("power.limit")),
+        "max_sm_mhz": _number(_query("clocks.max.sm")),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def commit(given: str | None) -> str:
+    """The commit that was measured: as given, from the environment, or from git."""
+    named = given or os.environ.get(COMMIT_VARIABLE)
+    if named:
+        return named
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class ClockMonitor:
+    """Samples SM clock and power while it is entered. Without nvidia-smi it knows nothing."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, float, float]] = []
+        self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> ClockMonitor:
+        command = [*_nvidia_smi("clocks.sm,power.draw.instant"), "-lms", str(SAMPLE_MILLISECONDS)]
+        try:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            return self
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        if self._thread is not None:
+            self._thread.join()
+
+    def during(self, spans: list[tuple[float, float]]) -> dict[str, float | None]:
+        """Medians over spans of time.monotonic."""
+        inside = [sample for sample in self._samples if any(begin <= sample[0] <= end for begin, end in spans)]
+        return {
+            "sm_mhz": statistics.median(mhz for _, mhz, _ in inside) if inside else None,
+            "watts": statistics.median(watts for _, _, watts in inside) if inside else None,
+        }
+
+    def _read(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            values = [_number(field) for field in line.split(",")]
+            if len(values) == 2 and values[0] is not None and values[1] is not None:
+                self._samples.append((time.monotonic(), values[0], values[1]))
+
+
+def _nvidia_smi(fields: str) -> list[str]:
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    which = "0" if uuid is None else f"GPU-{uuid}"
+    return ["nvidia-smi", "-i", which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+
+
+def _query(field: str) -> str | None:
+    try:
+        return subprocess.run(_nvidia_smi(field), capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,87 @@
+"""Writes README's table of measured figures from the newest JSON in benchmarks/results.
+
+python benchmarks/readme_table.py            rewrites what is between the two markers
+python benchmarks/readme_table.py --check    fails where README is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import report
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- bench:begin -->"
+END = "<!-- bench:end -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where README is not up to date")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+
+    decode = report.newest("decode", options.results)
+    if decode is None:
+        raise SystemExit(f"no result of bench_decode.py in {options.results}")
+    old = options.readme.read_text()
+    new = replaced(old, table(decode, report.newest("host_overhead", options.results)))
+    if options.check and new != old:
+        raise SystemExit(f"{options.readme} is not up to date: run benchmarks/readme_table.py")
+    if not options.check:
+        options.readme.write_text(new)
+
+
+def replaced(readme: str, text: str) -> str:
+    """The README with `text` between its markers. Raises SystemExit where there is not one pair of them."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise SystemExit(f"README needs one {BEGIN} and one {END} after it")
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
+    gpu = decode["machine"]
+    lines = [
+        "| case | batch, heads, s_q, tokens | hot | cold | of the ceiling, hot | to FlashMLA, hot (cold) |",
+        "|---|---|---|---|---|---|",
+        *(row(case) for case in decode["cases"]),
+        "",
+        f"Measured {decode['date'][:10]} on one {gpu['gpu']} (driver {gpu['driver']}) at commit {decode['commit']}, "
+        "as CUDA graphs, with L2 cold and the plan given.",
+        "Hot: bursts under the power limit; cold: a few calls after a rest. Ceilings: "
+        f"{decode['ceilings']['hbm_tbps']:.2f} TB/s and {decode['ceilings']['mma_tflops']:.0f} TFLOP/s.",
+        f"The last column is the speed relative to {decode['reference']}.",
+    ]
+    if host is not None:
+        given, left_out = (host["calls"][f"metadata {how}"]["median_us"] for how in ("given", "left out"))
+        lines.append(f"A call costs the host {given:.1f} us with the plan given, {left_out:.1f} us with it left out.")
+    return "\n".join(lines)
+
+
+def row(case: dict[str, Any]) -> str:
+    shape, hot, cold, ratio = case["shape"], case["hot"], case["cold"], case["ratio_to_reference"]
+    spread = shape["std_seqlen_k"]
+    tokens = f"normal({shape['mean_seqlen_k']}, {spread})" if spread else str(shape["mean_seqlen_k"])
+    seqlen_q = f"{shape['seqlen_q']} causal" if shape["causal"] else str(shape["seqlen_q"])
+    ceiling, kind = max((hot["mma_percent"], "MMA"), (hot["hbm_percent"], "HBM"))
+    against = "-" if ratio["hot"] is None else f"{ratio['hot']:.2f}"
+    if ratio["cold"] is not None:
+        against += f" ({ratio['cold']:.2f})"
+    return (
+        f"| {shape['name']} | {shape['batch_size']}, {shape['num_heads_q']}, {seqlen_q}, {tokens} "
+        f"| {measured(shape, hot)} | {measured(shape, cold)} | {ceiling:.0f} % {kind} | {against} |"
+    )
+
+
+def measured(shape: dict[str, Any], rates: dict[str, float]) -> str:
+    """The time, and the rate in the shape's unit where that is one."""
+    rate = {"TFLOP/s": f", {rates['tflops']:.0f} TFLOP/s", "TB/s": f", {rates['tbps']:.2f} TB/s"}
+    return f"{rates['us']:.1f} us{rate.get(shape['unit'], '')}"
+
+
+if __name__ == "__main__":
+    main()

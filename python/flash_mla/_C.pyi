@@ -1,0 +1,58 @@
+"""The compiled module: the C++ library's functions on arrays that support DLPack.
+
+Parameters typed ``object`` are arrays (or DLPack capsules, or ``Bfloat16Bits``). Every function raises ``ValueError``
+or ``TypeError`` naming the argument for a wrong one, ``Unsupported`` where this machine cannot serve the call and
+``CudaError`` where CUDA fails.
+"""
+
+from collections.abc import Callable
+
+class Unsupported(RuntimeError): ...
+class CudaError(RuntimeError): ...
+
+class Bfloat16Bits:
+    """A uint16 array whose values are the bits of bfloat16 numbers."""
+
+    def __init__(self, bits: object) -> None: ...
+
+def dense_decode_num_sm_parts(cache_seqlens: object, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
+    """The first extent of tile_scheduler_metadata on the device of cache_seqlens."""
+
+def plan_dense_decode(
+    cache_seqlens: object, tile_scheduler_metadata: object, num_splits: object, stream: int | None = None
+) -> None:
+    """Writes the plan of a step for cache_seqlens into the two other arrays."""
+
+def dense_decode_workspace_size(
+    q: object,
+    k_cache: object,
+    block_table: object,
+    cache_seqlens: object,
+    out: object,
+    lse: object,
+    tile_scheduler_metadata: object | None,
+    num_splits: object | None,
+    softmax_scale: float,
+    causal: bool,
+) -> int:
+    """Checks the arguments of dense_decode; bytes of workspace that they need."""
+
+def dense_decode(
+    q: object,
+    k_cache: object,
+    block_table: object,
+    cache_seqlens: object,
+    out: object,
+    lse: object,
+    tile_scheduler_metadata: object | None,
+    num_splits: object | None,
+    softmax_scale: float,
+    causal: bool,
+    stream: int | None = None,
+    allocate: Callable[[int], object] | None = None,
+) -> None:
+    """Writes out and lse.
+
+    ``stream`` and ``allocate``, (num_bytes) -> uint8 array, serve array types without DLPack's exchange table; for
+    others the stream and the workspace come from their library.
+    """

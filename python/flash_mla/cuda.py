@@ -1,0 +1,107 @@
+"""The few calls of the CUDA driver that Python needs, without a toolkit and without an array library."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+from ._C import CudaError
+
+_COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_COMPUTE_CAPABILITY_MINOR = 76
+_DEFAULT_STREAM = None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device."""
+
+    index: int
+    name: str
+    compute_capability: tuple[int, int]
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether the kernels run on it."""
+        return self.compute_capability == (9, 0)
+
+
+@cache
+def _driver() -> ctypes.CDLL | None:
+    """The driver's library, initialised; None on a machine without a working driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver runs, such as (13, 0). None without a driver."""
+    driver = _driver()
+    if driver is None:
+        return None
+    version = ctypes.c_int()
+    _check(driver, "cuDriverGetVersion", ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def gpus() -> list[Gpu]:
+    """The CUDA devices of this machine, empty without a driver."""
+    driver = _driver()
+    if driver is None:
+        return []
+    count = ctypes.c_int()
+    _check(driver, "cuDeviceGetCount", ctypes.byref(count))
+    return [_gpu(driver, index) for index in range(count.value)]
+
+
+def synchronize(device: int) -> None:
+    """Wait for the default stream of a device.
+
+    Raises
+    ------
+    CudaError
+        where work on the stream has failed.
+    """
+    driver = _driver()
+    if driver is None:
+        raise CudaError("no CUDA driver was found")
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(driver, "cuDeviceGet", ctypes.byref(handle), device)
+    _check(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    try:
+        _check(driver, "cuCtxPushCurrent_v2", context)
+        try:
+            _check(driver, "cuStreamSynchronize", _DEFAULT_STREAM)
+        finally:
+            _check(driver, "cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+    finally:
+        _check(driver, "cuDevicePrimaryCtxRelease_v2", handle)
+
+
+def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
+    handle = ctypes.c_int()
+    _check(driver, "cuDeviceGet", ctypes.byref(handle), index)
+    name = ctypes.create_string_buffer(256)
+    _check(driver, "cuDeviceGetName", name, len(name), handle)
+    major, minor = (
+        _attribute(driver, attribute, handle) for attribute in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR)
+    )
+    return Gpu(index, name.value.decode(), (major, minor))
+
+
+def _attribute(driver: ctypes.CDLL, attribute: int, handle: ctypes.c_int) -> int:
+    value = ctypes.c_int()
+    _check(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
+    return value.value
+
+
+def _check(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
+    code = getattr(driver, function)(*arguments)
+    if code != 0:
+        message = ctypes.c_char_p()
+        driver.cuGetErrorString(code, ctypes.byref(message))
+        text = message.value.decode() if message.value else "unknown error"
+        raise CudaError(f"{function} failed with {code}: {text}")

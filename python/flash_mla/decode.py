@@ -1,0 +1,162 @@
+"""Dense decoding over a paged cache."""
+
+from __future__ import annotations
+
+from . import _C
+from .frameworks import Array, Framework, check_same_framework, framework_of
+from .plan import FlashMLASchedMeta
+
+_HEAD_DIM_V = 512
+_DEFAULT_SOFTMAX_SCALE = 576**-0.5
+
+
+def flash_mla_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    block_table: Array,
+    cache_seqlens: Array,
+    head_dim_v: int,
+    tile_scheduler_metadata: Array | FlashMLASchedMeta | None = None,
+    num_splits: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Array | None = None,
+    attn_sink: Array | None = None,
+    extra_k_cache: Array | None = None,
+    extra_indices_in_kvcache: Array | None = None,
+    topk_length: Array | None = None,
+    extra_topk_length: Array | None = None,
+    *,
+    out: Array | None = None,
+    lse: Array | None = None,
+) -> tuple[Array, Array]:
+    """Attend to a paged MLA cache.
+
+    All arrays belong to one library (PyTorch, CuPy, JAX or NumPy) and lie on one device: a Hopper GPU, or the CPU. On
+    a GPU the work is queued on the library's current stream of that device and the call returns at once; it can be
+    captured in a CUDA graph. JAX arrays must be concrete, and the call then returns when the results are there.
+
+    Parameters
+    ----------
+    q : array of bfloat16 or float16, shape (batch, seqlen_q, num_heads_q, 576)
+        Last dimension contiguous, the others strided.
+    k_cache : array like q, shape (num_pages, page_size, num_heads_k, 576)
+        The first 512 values of a token are its V. ``page_size`` is a power of two, ``num_heads_k`` divides
+        ``num_heads_q``.
+    block_table : array of int32, shape (batch, max_pages)
+        The pages of each request. Entries past its last page may hold anything.
+    cache_seqlens : array of int32, shape (batch,)
+        Tokens in each request's cache. 0 is legal.
+    head_dim_v : int
+        512.
+    tile_scheduler_metadata, num_splits : optional
+        What ``get_mla_metadata`` returned for these ``cache_seqlens``. Left out, the call plans by itself, on the
+        device.
+    softmax_scale : float, optional
+        Finite and above 0; ``576 ** -0.5`` by default.
+    causal : bool
+        Query i of seqlen_q sees keys up to ``cache_seqlens - seqlen_q + i``.
+    is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
+        Must keep their defaults.
+    out : array like q, shape (batch, seqlen_q, num_heads_q, 512), optional
+        Where the result goes; a new array by default.
+    lse : array of float32, shape (batch, num_heads_q, seqlen_q), optional
+        Where the log-sum-exp goes; a new array by default.
+
+    Returns
+    -------
+    out : array like q, shape (batch, seqlen_q, num_heads_q, 512)
+        Rows with no key to see are 0.
+    lse : array of float32, shape (batch, num_heads_q, seqlen_q)
+        Natural logarithm of the sum of exp(softmax_scale * q.k); +inf for rows with no key to see.
+
+    Raises
+    ------
+    ValueError, TypeError
+        for a wrong argument, which the message names.
+    Unsupported
+        a RuntimeError: an FP8 cache, sparse attention, or a GPU that is not a Hopper.
+    CudaError
+        a RuntimeError: a call of CUDA failed.
+    """
+    if is_fp8_kvcache or not (
+        indices is attn_sink is extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None
+    ):
+        _refuse(
+            is_fp8_kvcache=is_fp8_kvcache or None,
+            indices=indices,
+            attn_sink=attn_sink,
+            extra_k_cache=extra_k_cache,
+            extra_indices_in_kvcache=extra_indices_in_kvcache,
+            topk_length=topk_length,
+            extra_topk_length=extra_topk_length,
+        )
+    if head_dim_v != _HEAD_DIM_V:
+        raise ValueError(f"head_dim_v: expected {_HEAD_DIM_V}, got {head_dim_v}")
+    scale = _DEFAULT_SOFTMAX_SCALE if softmax_scale is None else _number("softmax_scale", softmax_scale)
+
+    framework = framework_of(q, "q")
+    if not (type(q) is type(k_cache) is type(block_table) is type(cache_seqlens)):
+        check_same_framework(framework, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
+    out, lse = _outputs(framework, q, out, lse)
+    if tile_scheduler_metadata is not None or num_splits is not None:
+        tile_scheduler_metadata, num_splits = _given_plan(
+            framework, (q, k_cache, block_table, cache_seqlens, out, lse), tile_scheduler_metadata, num_splits
+        )
+    arrays = (q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits)
+    framework.call(_C.dense_decode, arrays, scale, bool(causal), framework.stream(q), framework.allocator(q))
+    framework.finish(q)
+    return out, lse
+
+
+def _outputs(framework: Framework, q: Array, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
+    """The caller's arrays, or new ones. Their shapes are checked by the library."""
+    if out is not None or lse is not None:
+        check_same_framework(framework, out=out, lse=lse)
+        framework.check_outputs(out=out, lse=lse)
+        if out is not None and lse is not None:
+            return out, lse
+    try:
+        batch_size, seqlen_q, num_heads_q, _ = q.shape
+    except ValueError:
+        raise ValueError(f"q: expected shape (batch, seqlen_q, num_heads_q, 576), got {tuple(q.shape)}") from None
+    if out is None:
+        out = framework.empty(q, (batch_size, seqlen_q, num_heads_q, _HEAD_DIM_V))
+    if lse is None:
+        lse = framework.empty(q, (batch_size, num_heads_q, seqlen_q), "float32")
+    return out, lse
+
+
+def _given_plan(
+    framework: Framework,
+    arrays: tuple[Array, ...],
+    tile_scheduler_metadata: Array | FlashMLASchedMeta | None,
+    num_splits: Array | None,
+) -> tuple[Array | None, Array | None]:
+    """The two arrays of a plan, which a FlashMLASchedMeta holds or gets here.
+
+    ``arrays`` are q, k_cache, block_table, cache_seqlens, out and lse.
+    """
+    if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
+        check_same_framework(framework, tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits)
+        return tile_scheduler_metadata, num_splits
+    if num_splits is not None:
+        raise ValueError(f"num_splits: expected None beside a FlashMLASchedMeta, got {type(num_splits).__qualname__}")
+    # Checks the shapes, from which the plan is made.
+    framework.call(_C.dense_decode_workspace_size, (*arrays, None, None), _DEFAULT_SOFTMAX_SCALE, False)
+    q, k_cache, _, cache_seqlens, _, _ = arrays
+    return tile_scheduler_metadata.arrays(framework, (*q.shape[:3], k_cache.shape[2]), cache_seqlens)
+
+
+def _refuse(**options: object) -> None:
+    """Raises for the first option that is given: they all belong to FP8 caches or to sparse attention."""
+    name = next(name for name, value in options.items() if value is not None)
+    raise _C.Unsupported(f"{name}: only dense attention over bfloat16 and float16 caches is supported")
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__qualname__}") from None

@@ -1,0 +1,146 @@
+"""Dense decode at the edges of what it takes, on the CPU and on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cases import HEAD_DIM_QK, LAYOUTS, Spec, make_case, varied_lengths
+from checks import Guarded, check, decode, same_bits
+
+Device = str | None
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 2])
+def test_page_sizes(device: Device, page_size: int, seqlen_q: int) -> None:
+    lengths = (1, page_size - 1, page_size, page_size + 1, 3 * page_size + 5, 0)
+    check(make_case(Spec(lengths, seqlen_q, num_heads_q=5, page_size=page_size, causal=True), device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("num_heads_k", [1, 2])
+def test_strides(device: Device, layout: str, padded: bool, num_heads_k: int) -> None:
+    check(make_case(Spec((70, 130, 0), 3, num_heads_q=10, num_heads_k=num_heads_k, layout=layout), device), padded)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q", [*range(1, 17), 65, 200])
+def test_many_query_tokens(device: Device, seqlen_q: int, causal: bool) -> None:
+    lengths = (seqlen_q + 64, 1, seqlen_q, max(seqlen_q - 1, 0), seqlen_q + 1)
+    check(make_case(Spec(lengths, seqlen_q, num_heads_q=3, causal=causal, seed=seqlen_q), device))
+
+
+@pytest.mark.parametrize("lengths", [(0,), (0, 0, 0), ()])
+@pytest.mark.parametrize("num_pages", [None, 0])
+def test_nothing_to_see(device: Device, lengths: tuple[int, ...], num_pages: int | None) -> None:
+    spec = Spec(lengths, seqlen_q=2, num_pages=num_pages, spare_columns=0 if num_pages == 0 else 2)
+    check(make_case(spec, device))
+
+
+def test_no_query_tokens(device: Device) -> None:
+    out, lse = decode(make_case(Spec((70, 0), seqlen_q=0), device))
+    assert tuple(out.shape) == (2, 0, 16, 512)
+    assert tuple(lse.shape) == (2, 16, 0)
+
+
+def test_zeros_beside_long_requests(device: Device) -> None:
+    check(make_case(Spec((0, 0, 1000, 0, 1, 0, 0, 500, 0), num_heads_q=4), device))
+
+
+def test_negative_lengths_count_as_zero(device: Device) -> None:
+    check(make_case(Spec((-1, 70, -(2**31), 3), num_heads_q=4), device))
+
+
+def test_lengths_are_cut_at_the_block_table(device: Device) -> None:
+    case = make_case(Spec((128, 128), num_heads_q=4, spare_columns=0), device)
+    case.cache_seqlens[0] = 129
+    case.cache_seqlens[1] = 2**31 - 1
+    check(case)
+
+
+def test_requests_share_pages(device: Device) -> None:
+    case = make_case(Spec((200, 200, 200), num_heads_q=4), device)
+    case.block_table[1] = case.block_table[0]
+    case.block_table[2, :2] = case.block_table[0, :2]
+    check(case)
+
+
+@pytest.mark.parametrize("softmax_scale", [1e-4, 0.01, 0.3])
+def test_softmax_scale(device: Device, softmax_scale: float) -> None:
+    check(make_case(Spec((1, 100, 300), num_heads_q=4, softmax_scale=softmax_scale), device))
+
+
+@pytest.mark.parametrize("rising", [-200.0, -20.0, 5.0, 100.0, 1000.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_softmax_far_from_flat(device: Device, rising: float, dtype: str) -> None:
+    check(make_case(Spec((1, 64, 65, 500), 2, num_heads_q=4, causal=True, rising=rising, dtype=dtype), device))
+
+
+def test_scale_left_out_is_the_default(device: Device) -> None:
+    case = make_case(Spec((100, 0), num_heads_q=4), device)
+    given = make_case(Spec((100, 0), num_heads_q=4, softmax_scale=HEAD_DIM_QK**-0.5), device)
+    assert all(same_bits(a, b) for a, b in zip(decode(case), decode(given), strict=True))
+
+
+def test_causal_changes_nothing_for_one_query(device: Device) -> None:
+    case = make_case(Spec((100, 0, 1), num_heads_q=4), device)
+    causal = make_case(Spec((100, 0, 1), num_heads_q=4, causal=True), device)
+    assert all(same_bits(a, b) for a, b in zip(decode(case), decode(causal), strict=True))
+
+
+def test_results_are_the_callers_own_arrays(device: Device) -> None:
+    case = make_case(Spec((100, 0)), device)
+    out, lse = Guarded.like_out(case, padded=True).view, Guarded.like_lse(case, padded=True).view
+    got_out, got_lse = decode(case, out=out, lse=lse)
+    assert got_out is out
+    assert got_lse is lse
+    fresh_out, _ = decode(case, lse=lse)
+    assert same_bits(fresh_out, out)
+
+
+def test_inputs_stay_as_they_are(device: Device) -> None:
+    case, copy = (make_case(Spec((100, 0, 70), num_heads_q=4), device) for _ in range(2))
+    decode(case)
+    for name in ("q", "k_cache", "block_table", "cache_seqlens"):
+        assert same_bits(getattr(case, name), getattr(copy, name)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cache_above_two_to_the_31_elements(torch: Any, dtype: str) -> None:
+    first_page = 2**31 // (64 * HEAD_DIM_QK) + 1
+    spec = Spec((1000, 0, 4096, 70), 2, num_heads_q=64, causal=True, dtype=dtype, first_page=first_page)
+    case = make_case(spec, "cuda")
+    assert case.k_cache.numel() > 2**31
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 128])
+def test_very_long_request(torch: Any, num_heads_q: int) -> None:
+    check(make_case(Spec((2**18,), num_heads_q=num_heads_q, rising=20.0), "cuda"))
+    check(make_case(Spec((2**18, 0, 1, 100), 2, num_heads_q=num_heads_q, causal=True), "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seqlen_q", [1, 2])
+def test_many_requests(torch: Any, seqlen_q: int) -> None:
+    lengths = varied_lengths(4096, 100, seed=1)
+    assert lengths.count(0) > 500
+    check(make_case(Spec(lengths, seqlen_q, causal=True), "cuda"))
+
+
+@pytest.mark.gpu
+def test_same_bits_over_many_calls(torch: Any) -> None:
+    case = make_case(Spec(varied_lengths(32, 3000, seed=2), num_heads_q=128), "cuda")
+    first = decode(case)
+    for _ in range(200):
+        assert all(same_bits(a, b) for a, b in zip(decode(case), first, strict=True))
+
+
+def test_pytorch_on_the_cpu() -> None:
+    pytest.importorskip("torch")
+    check(make_case(Spec((100, 0, 70), 2, num_heads_q=4, causal=True), "cpu"))
