@@ -14,10 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import machine
 import report
+import torch
 from flash_mla import __version__, flash_mla_with_kvcache, get_mla_metadata
 from pool import Pool
 from roofline import HBM_TBPS, MMA_TFLOPS, rates, ratios

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import machine
 import report
+import torch
 from flash_mla import __version__, flash_mla_with_kvcache, get_mla_metadata
 from pool import Pool
 from shapes import Shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -51,16 +52,20 @@ class ClockMonitor:
 
     def __init__(self) -> None:
         self._samples: list[tuple[float, float, float]] = []
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ClockMonitor:
         command = [*_nvidia_smi("clocks.sm,power.draw.instant"), "-lms", str(SAMPLE_MILLISECONDS)]
+        reader, writer = os.openpty()  # a terminal, so that no line waits in a buffer
         try:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._process = subprocess.Popen(command, stdout=writer, stderr=subprocess.DEVNULL)
         except OSError:
+            os.close(reader)
             return self
-        self._thread = threading.Thread(target=self._read, daemon=True)
+        finally:
+            os.close(writer)
+        self._thread = threading.Thread(target=self._read, args=(reader,), daemon=True)
         self._thread.start()
         return self
 
@@ -81,12 +86,12 @@ class ClockMonitor:
             "watts": statistics.median(watts for _, _, watts in inside) if inside else None,
         }
 
-    def _read(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            values = [_number(field) for field in line.split(",")]
-            if len(values) == 2 and values[0] is not None and values[1] is not None:
-                self._samples.append((time.monotonic(), values[0], values[1]))
+    def _read(self, reader: int) -> None:
+        with open(reader) as lines, contextlib.suppress(OSError):  # EIO: the other end is closed
+            for line in lines:
+                values = [_number(field) for field in line.split(",")]
+                if len(values) == 2 and values[0] is not None and values[1] is not None:
+                    self._samples.append((time.monotonic(), values[0], values[1]))
 
 
 def _nvidia_smi(fields: str) -> list[str]:

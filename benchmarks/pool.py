@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from shapes import HEAD_DIM_QK, HEAD_DIM_V, Shape
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))

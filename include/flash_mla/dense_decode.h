@@ -8,13 +8,15 @@
 
 namespace flash_mla {
 
-constexpr int kHeadDimQk = 576;   ///< values of a query head, and of a cached token: 512 + 64
-constexpr int kHeadDimV = 512;    ///< the first 512 of a token's values are its V
-constexpr int kHeadDimRope = 64;  ///< its last 64 values carry RoPE
+constexpr int kHeadDimQk = 576;                       ///< values of a query head, and of a cached token: 512 + 64
+constexpr int kHeadDimV = 512;                        ///< the first 512 of a token's values are its V
+constexpr int kHeadDimRope = 64;                      ///< its last 64 values carry RoPE
 constexpr float kDefaultSoftmaxScale = 1.0F / 24.0F;  ///< 576 ** -0.5
 
-/// Dense MLA decode over a paged cache. All tensors lie on one device: a Hopper GPU (compute capability 9.0) or the CPU.
-/// Every extent may be 0 except the head dimensions, the numbers of heads and the page size.
+/// Dense MLA decode over a paged cache. All tensors lie on one device: a Hopper GPU (compute capability 9.0) or the
+/// CPU. Every extent may be 0 except the head dimensions, the numbers of heads and the page size. seqlen_q *
+/// num_heads_q, max_pages * page_size and num_pages are below 2^31, num_heads_k below 2^16. The memory that an output
+/// spans holds no part of another argument.
 struct DenseDecodeArguments {
   /// (batch, seqlen_q, num_heads_q, 576), bfloat16 or float16. Last dimension contiguous; on the GPU the address and
   /// the other strides are multiples of 16 bytes.
@@ -28,8 +30,8 @@ struct DenseDecodeArguments {
   Tensor cache_seqlens;
   /// Out: (batch, seqlen_q, num_heads_q, 512), as q. Rows with no key to see get 0. Strides as q.
   Tensor out;
-  /// Out: (batch, num_heads_q, seqlen_q), float32, any strides: natural log of the sum of exp(softmax_scale * q.k);
-  /// +inf for rows with no key to see.
+  /// Out: (batch, num_heads_q, seqlen_q), float32, strides that keep its elements apart: natural log of the sum of
+  /// exp(softmax_scale * q.k); +inf for rows with no key to see.
   Tensor lse;
   /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8) and (batch + 1,), int32, contiguous. Leave
   /// both out, and the call plans by itself, on the device. Both are ignored on the CPU.

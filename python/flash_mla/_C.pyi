@@ -1,3 +1,4 @@
+# ruff: noqa: N999
 """The compiled module: the C++ library's functions on arrays that support DLPack.
 
 Parameters typed ``object`` are arrays (or DLPack capsules, or ``Bfloat16Bits``). Every function raises ``ValueError``
@@ -7,7 +8,7 @@ or ``TypeError`` naming the argument for a wrong one, ``Unsupported`` where this
 
 from collections.abc import Callable
 
-class Unsupported(RuntimeError): ...
+class Unsupported(RuntimeError): ...  # noqa: N818
 class CudaError(RuntimeError): ...
 
 class Bfloat16Bits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import _C
-from .frameworks import Array, Framework, check_same_framework, framework_of
+from .frameworks import Array, Framework, check_framework, framework_of
 from .plan import FlashMLASchedMeta
 
 _HEAD_DIM_V = 512
@@ -98,7 +98,9 @@ def flash_mla_with_kvcache(
 
     framework = framework_of(q, "q")
     if not (type(q) is type(k_cache) is type(block_table) is type(cache_seqlens)):
-        check_same_framework(framework, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
+        check_framework(framework, k_cache, "k_cache")
+        check_framework(framework, block_table, "block_table")
+        check_framework(framework, cache_seqlens, "cache_seqlens")
     out, lse = _outputs(framework, q, out, lse)
     if tile_scheduler_metadata is not None or num_splits is not None:
         tile_scheduler_metadata, num_splits = _given_plan(
@@ -112,11 +114,12 @@ def flash_mla_with_kvcache(
 
 def _outputs(framework: Framework, q: Array, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
     """The caller's arrays, or new ones. Their shapes are checked by the library."""
-    if out is not None or lse is not None:
-        check_same_framework(framework, out=out, lse=lse)
-        framework.check_outputs(out=out, lse=lse)
-        if out is not None and lse is not None:
-            return out, lse
+    if out is not None:
+        framework.check_output(out, "out")
+    if lse is not None:
+        framework.check_output(lse, "lse")
+    if out is not None and lse is not None:
+        return out, lse
     try:
         batch_size, seqlen_q, num_heads_q, _ = q.shape
     except ValueError:
@@ -139,7 +142,10 @@ def _given_plan(
     ``arrays`` are q, k_cache, block_table, cache_seqlens, out and lse.
     """
     if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
-        check_same_framework(framework, tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits)
+        if tile_scheduler_metadata is not None:
+            check_framework(framework, tile_scheduler_metadata, "tile_scheduler_metadata")
+        if num_splits is not None:
+            check_framework(framework, num_splits, "num_splits")
         return tile_scheduler_metadata, num_splits
     if num_splits is not None:
         raise ValueError(f"num_splits: expected None beside a FlashMLASchedMeta, got {type(num_splits).__qualname__}")

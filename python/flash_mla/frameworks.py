@@ -39,8 +39,9 @@ class Framework:
         """Makes byte arrays on the device of ``like``. None where the compiled module allocates through DLPack."""
         return None
 
-    def check_outputs(self, **arrays: Array | None) -> None:
-        """Raises ``ValueError`` where the library's arrays must not be written to; None is left out."""
+    def check_output(self, array: Array, name: str) -> None:
+        """Raises unless the array is one of the library's, and may be written to."""
+        check_framework(self, array, name)
 
     def finish(self, like: Array) -> None:
         """Called after a launch."""
@@ -131,10 +132,9 @@ class Jax(Framework):
     def allocator(self, like: Array) -> Callable[[int], object] | None:
         return lambda num_bytes: self._capsule(self.empty(like, (num_bytes,), "uint8"))
 
-    def check_outputs(self, **arrays: Array | None) -> None:
-        for name, array in arrays.items():
-            if array is not None:
-                raise ValueError(f"{name}: expected None, as JAX arrays are immutable, got one")
+    def check_output(self, array: Array, name: str) -> None:
+        super().check_output(array, name)
+        raise ValueError(f"{name}: expected None, as JAX arrays are immutable, got one")
 
     def finish(self, like: Array) -> None:
         if self._device(like).platform == "gpu":
@@ -143,13 +143,15 @@ class Jax(Framework):
             cuda.synchronize(self._device(like).local_hardware_id)
 
     def _capsule(self, array: Array) -> object:
+        return self._concrete(array).block_until_ready().__dlpack__()
+
+    def _device(self, array: Array) -> Any:
+        return next(iter(self._concrete(array).devices()))
+
+    def _concrete(self, array: Array) -> Array:
         if isinstance(array, self._jax.core.Tracer):
             raise TypeError("flash_mla runs outside jit: expected concrete JAX arrays, got a traced one")
-        return array.block_until_ready().__dlpack__()
-
-    @staticmethod
-    def _device(array: Array) -> Any:
-        return next(iter(array.devices()))
+        return array
 
 
 _FRAMEWORKS: dict[str, type[Framework]] = {
@@ -177,11 +179,11 @@ def framework_of(array: Array, name: str) -> Framework:
     return framework
 
 
-def check_same_framework(framework: Framework, **arrays: Array | None) -> None:
-    """Raises ``TypeError`` naming the first array that belongs to another library; None is left out."""
-    for name, array in arrays.items():
-        if array is not None and (other := framework_of(array, name)) is not framework:
-            raise TypeError(f"{name}: expected an array of {framework.name} as q, got one of {other.name}")
+def check_framework(framework: Framework, array: Array, name: str) -> None:
+    """Raises ``TypeError`` where an array belongs to another library; the message starts with ``name``."""
+    other = framework_of(array, name)
+    if other is not framework:
+        raise TypeError(f"{name}: expected an array of {framework.name} as q, got one of {other.name}")
 
 
 def _find(array_type: type, name: str) -> Framework:

@@ -17,7 +17,9 @@ namespace flash_mla {
 namespace {
 
 constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
-constexpr std::int64_t kVectorBytes = 16;  // alignment of bulk copies and vector loads on the GPU
+constexpr std::int64_t kVectorBytes = 16;       // alignment of bulk copies and vector loads on the GPU
+constexpr std::int64_t kMaxGridExtent = 65535;  // of a kernel launch's second and third dimension
+constexpr std::int64_t kMaxBulkStride = (std::int64_t{1} << 39) - 1;  // elements: what the copy engine can step
 // No tensor spans more elements than this, so that byte offsets fit into int64.
 constexpr std::int64_t kMaxElementOffset = std::int64_t{1} << 56;
 
@@ -160,13 +162,18 @@ void check_no_self_overlap(Argument arg) {
   }
 }
 
-void check_stride_alignment(Argument arg, std::int64_t bytes) {
+/// Strides that bulk copies and vector loads on the GPU can take.
+void check_gpu_strides(Argument arg) {
   const Tensor& t = arg.tensor;
-  const std::int64_t elements = bytes / element_size(t.dtype);
+  const std::int64_t elements = kVectorBytes / element_size(t.dtype);
   for (int i = 0; i + 1 < t.rank; ++i) {
-    if (t.shape[i] > 1 && t.strides[i] % elements != 0) {
+    if (t.shape[i] <= 1) continue;
+    if (t.strides[i] % elements != 0) {
       fail(arg.name, "strides that are multiples of " + std::to_string(elements) + " elements, but for the last",
            to_string(t.strides, t.rank));
+    }
+    if (t.strides[i] > kMaxBulkStride) {
+      fail(arg.name, "strides up to " + std::to_string(kMaxBulkStride) + " elements", to_string(t.strides, t.rank));
     }
   }
 }
@@ -206,7 +213,7 @@ void check_rows(Argument arg) {
   if (is_empty(arg.tensor)) return;
   check_strides(arg);
   check_last_dim_contiguous(arg);
-  if (arg.tensor.device.type == DeviceType::kCuda) check_stride_alignment(arg, kVectorBytes);
+  if (arg.tensor.device.type == DeviceType::kCuda) check_gpu_strides(arg);
 }
 
 void check_q(Argument q) {
@@ -230,7 +237,7 @@ void check_k_cache(Argument k_cache, const Tensor& q) {
   if ((shape[1] & (shape[1] - 1)) != 0) {
     fail(k_cache.name, "page_size that is a power of two", std::to_string(shape[1]));
   }
-  check_range(k_cache, "num_heads_k", shape[2], 1, kMaxInt32);
+  check_range(k_cache, "num_heads_k", shape[2], 1, kMaxGridExtent);
   if (q.shape[2] % shape[2] != 0) {
     fail(k_cache.name, "num_heads_k that divides num_heads_q " + std::to_string(q.shape[2]), std::to_string(shape[2]));
   }
@@ -268,7 +275,7 @@ void check_lse(Argument lse, const Tensor& q) {
 
 void check_plan_arrays(Argument tile_scheduler_metadata, Argument num_splits, std::int64_t batch_size) {
   check_int32_array(tile_scheduler_metadata, {"num_sm_parts", kTileSchedulerMetadataSize});
-  check_range(tile_scheduler_metadata, "num_sm_parts", tile_scheduler_metadata.tensor.shape[0], 1, kMaxInt32);
+  check_range(tile_scheduler_metadata, "num_sm_parts", tile_scheduler_metadata.tensor.shape[0], 1, kMaxGridExtent);
   check_int32_array(num_splits, {batch_size + 1});
 }
 

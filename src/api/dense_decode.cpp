@@ -40,8 +40,8 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
   const auto align = [](std::size_t bytes) {
     return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
-  const std::size_t rows = std::size_t{2} * static_cast<std::size_t>(parts) *
-                           static_cast<std::size_t>(shape.seqlen_q * shape.num_heads_q);
+  const std::size_t rows =
+      std::size_t{2} * static_cast<std::size_t>(parts) * static_cast<std::size_t>(shape.seqlen_q * shape.num_heads_q);
   Workspace workspace{};
   workspace.out_accum = shape.num_sm_parts > 0 ? 0 : static_cast<std::size_t>(parts) * sizeof(scheduler::Part);
   workspace.lse_accum = workspace.out_accum + rows * kHeadDimV * sizeof(float);
@@ -175,8 +175,7 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args) {
   return lay_out_workspace(shape, num_parts(args, shape)).size;
 }
 
-void dense_decode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes,
-                  CUstream_st* stream) {
+void dense_decode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes, CUstream_st* stream) {
   const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/true);
   if (is_empty(shape)) return;
   if (args.q.device.type == DeviceType::kCpu) {

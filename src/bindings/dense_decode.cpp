@@ -56,13 +56,14 @@ void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle
 }  // namespace
 
 void register_dense_decode(nb::module_& m) {
-  using namespace nb::literals;
-  m.def("dense_decode_workspace_size", workspace_size, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a, "out"_a,
-        "lse"_a, "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
+  using namespace nb::literals;  // every array is .none(), so that ArrayView names the one that is missing
+  m.def("dense_decode_workspace_size", workspace_size, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
+        "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(),
+        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
         "Checks the arguments of dense_decode; bytes of workspace that they need.");
-  m.def("dense_decode", decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a, "out"_a, "lse"_a,
-        "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
-        "stream"_a = nb::none(), "allocate"_a = nb::none(),
+  m.def("dense_decode", decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(), "cache_seqlens"_a.none(),
+        "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a,
+        "causal"_a, "stream"_a = nb::none(), "allocate"_a = nb::none(),
         "Writes out and lse. `stream` and `allocate`, (num_bytes) -> uint8 array, serve array types without DLPack's "
         "exchange table; for others the stream and the workspace come from their library.");
 }

@@ -172,7 +172,7 @@ ArrayView::ArrayView(const char* name, nb::handle array, Access access) : api_(f
     return;
   }
   const Bfloat16Bits* bfloat16 = nullptr;
-  if (nb::try_cast(array, bfloat16)) array = bfloat16->bits;
+  if (nb::try_cast(array, bfloat16) && bfloat16 != nullptr) array = bfloat16->bits;  // None casts to null
   capsule_ = PyCapsule_CheckExact(array.ptr()) ? nb::borrow(array) : export_capsule(name, array);
   tensor_ = to_tensor(name, open_capsule(name, capsule_, access));
   if (bfloat16 != nullptr && tensor_.dtype == DType::kUInt16) tensor_.dtype = DType::kBFloat16;

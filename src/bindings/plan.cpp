@@ -24,9 +24,9 @@ void plan(nb::handle cache_seqlens, nb::handle tile_scheduler_metadata, nb::hand
 
 void register_plan(nb::module_& m) {
   using namespace nb::literals;
-  m.def("dense_decode_num_sm_parts", num_sm_parts, "cache_seqlens"_a, "num_q_tokens_per_head_k"_a, "num_heads_k"_a,
-        "The first extent of tile_scheduler_metadata on the device of cache_seqlens.");
-  m.def("plan_dense_decode", plan, "cache_seqlens"_a, "tile_scheduler_metadata"_a, "num_splits"_a,
+  m.def("dense_decode_num_sm_parts", num_sm_parts, "cache_seqlens"_a.none(), "num_q_tokens_per_head_k"_a,
+        "num_heads_k"_a, "The first extent of tile_scheduler_metadata on the device of cache_seqlens.");
+  m.def("plan_dense_decode", plan, "cache_seqlens"_a.none(), "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(),
         "stream"_a = nb::none(), "Writes the plan of a step for cache_seqlens into the two other arrays.");
 }
 

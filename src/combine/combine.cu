@@ -19,8 +19,8 @@ constexpr int kWarpsPerCta = 8;
 constexpr int kColumnsPerWarp = 128;
 constexpr int kWarpsPerRow = kHeadDimV / kColumnsPerWarp;
 constexpr float kLn2 = 0.693147180559945309417F;
-/// Pieces whose partial outputs are in flight at once.
-constexpr int kUnroll = 8;
+/// Pieces whose partial outputs a warp has in flight at once.
+constexpr int kUnroll = 16;
 
 __device__ float warp_max(float value) {
   for (int delta = 16; delta > 0; delta /= 2) value = fmaxf(value, __shfl_xor_sync(~0U, value, delta));
@@ -76,22 +76,22 @@ __global__ void __launch_bounds__(kWarpsPerCta * 32) combine_kernel(CombineParam
   float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
   const int count = lse == -INFINITY ? 0 : pieces.count;
   for (int base = 0; base < count; base += kUnroll) {
-    float weight[kUnroll];
+    const int mine = base + lane % kUnroll;
+    const float weight = mine < count ? exp2f(params.lse_accum[pieces.slot(mine) * num_rows + row] - lse) : 0.0F;
     float4 values[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int piece = min(base + i, count - 1);
-      const std::int64_t accum_row = pieces.slot(piece) * num_rows + row;
-      weight[i] = base + i < count ? exp2f(params.lse_accum[accum_row] - lse) : 0.0F;
+      const std::int64_t accum_row = pieces.slot(min(base + i, count - 1)) * num_rows + row;
       values[i] = *reinterpret_cast<const float4*>(params.out_accum + accum_row * kHeadDimV + column);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (weight[i] == 0.0F) continue;  // a piece that saw no key wrote no values
-      sum[0] += weight[i] * values[i].x;
-      sum[1] += weight[i] * values[i].y;
-      sum[2] += weight[i] * values[i].z;
-      sum[3] += weight[i] * values[i].w;
+      const float w = __shfl_sync(~0U, weight, i);
+      if (w == 0.0F) continue;  // past the last piece, or one that saw no key and wrote no values
+      sum[0] += w * values[i].x;
+      sum[1] += w * values[i].y;
+      sum[2] += w * values[i].z;
+      sum[3] += w * values[i].w;
     }
   }
 

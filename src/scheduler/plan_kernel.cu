@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
       for (int part = threadIdx.x; part < args.num_parts; part += kThreads) {
         plan.write_whole(args.parts, part, args.batch_size);
       }
-      for (int i = threadIdx.x; args.num_splits != nullptr && i <= args.batch_size; i += kThreads) args.num_splits[i] = i;
+      for (int i = threadIdx.x; args.num_splits != nullptr && i <= args.batch_size; i += kThreads)
+        args.num_splits[i] = i;
       return;
     }
 
@@ -100,8 +101,10 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
     chunk_offset += chunk_cost;
     __syncthreads();  // offsets are read before the next chunk's are written
   }
-  if (args.num_splits != nullptr && threadIdx.x == 0) args.num_splits[args.batch_size] = static_cast<std::int32_t>(splits);
-  for (int part = threadIdx.x; part < args.num_parts; part += kThreads) plan.write_rest(args.parts, part, args.batch_size);
+  if (args.num_splits != nullptr && threadIdx.x == 0)
+    args.num_splits[args.batch_size] = static_cast<std::int32_t>(splits);
+  for (int part = threadIdx.x; part < args.num_parts; part += kThreads)
+    plan.write_rest(args.parts, part, args.batch_size);
 }
 
 }  // namespace

@@ -7,10 +7,10 @@
 // How a step's work is split over parts, in integer arithmetic that host and device share.
 //
 // A request of n KV blocks costs n plus a fixed cost for each piece it is worked in. Laid end to end, the requests'
-// costs form a line of length total_cost, which is cut into num_parts intervals of equal length. Where each cut falls
-// depends on the prefix sum of costs alone, so all parts are planned in parallel. A part whose interval begins inside
-// a request pays that request's fixed cost once more: no part costs more than total_cost / num_parts + piece_cost,
-// rounded up.
+// costs form a line of length total_cost, which is cut into num_parts intervals. Where each cut falls depends on the
+// prefix sum of costs alone, so all parts are planned in parallel. A part whose interval begins inside a request pays
+// that request's fixed cost once more; so the first interval is longer by one fixed cost than the others, which are
+// equal, and no part costs more than (total_cost - piece_cost) / num_parts + piece_cost, rounded up.
 //
 // Splitting writes and reads partial results. Where every part can take the same number of whole requests and none
 // gets much more than its share (batches of about equal lengths), no request is split.
@@ -89,10 +89,15 @@ class SplitPlan {
     return seqlen_k > 0 ? num_blocks(seqlen_k) + piece_cost_ : 1;
   }
   /// Where part `part` begins on the line of costs.
-  FLASH_MLA_HOST_DEVICE std::int64_t cut(std::int64_t part) const { return part * total_cost_ / num_parts_; }
+  FLASH_MLA_HOST_DEVICE std::int64_t cut(std::int64_t part) const {
+    return part > 0 ? piece_cost_ + part * (total_cost_ - piece_cost_) / num_parts_ : 0;
+  }
   /// The first part whose cut lies at or after `offset`.
   FLASH_MLA_HOST_DEVICE std::int64_t first_cut_from(std::int64_t offset) const {
-    return (offset * num_parts_ + total_cost_ - 1) / total_cost_;
+    if (offset <= 0) return 0;
+    if (offset <= piece_cost_) return 1;
+    const std::int64_t length = total_cost_ - piece_cost_;
+    return ((offset - piece_cost_) * num_parts_ + length - 1) / length;
   }
   /// The block at which `part`, whose cut lies inside the request at `offset`, begins.
   FLASH_MLA_HOST_DEVICE std::int32_t begin_block(std::int64_t part, std::int64_t offset) const {

@@ -134,7 +134,7 @@ TEST(CheckDenseDecode, TakesExtents) {
       {[](Args& a) { reshape(a.k_cache, 100, 48, 2, 576); },
        "InvalidArgument: k_cache: expected page_size that is a power of two, got 48"},
       {[](Args& a) { reshape(a.k_cache, 100, 64, 0, 576); },
-       "InvalidArgument: k_cache: expected num_heads_k from 1 to 2147483647, got 0"},
+       "InvalidArgument: k_cache: expected num_heads_k from 1 to 65535, got 0"},
       {[](Args& a) { reshape(a.k_cache, 100, 64, 3, 576); },
        "InvalidArgument: k_cache: expected num_heads_k that divides num_heads_q 128, got 3"},
       {[](Args& a) { reshape(a.block_table, 4, 1 << 25); },
@@ -142,7 +142,7 @@ TEST(CheckDenseDecode, TakesExtents) {
        "got "
        "33554432"},
       {[](Args& a) { reshape(a.tile_scheduler_metadata, 0, 8); },
-       "InvalidArgument: tile_scheduler_metadata: expected num_sm_parts from 1 to 2147483647, got 0"},
+       "InvalidArgument: tile_scheduler_metadata: expected num_sm_parts from 1 to 65535, got 0"},
       {[](Args& a) { a.softmax_scale = 0.0F; },
        "InvalidArgument: softmax_scale: expected a finite number above 0, got 0"},
       {[](Args& a) { a.softmax_scale = -0.5F; },
@@ -191,6 +191,8 @@ TEST(CheckDenseDecode, TakesStrides) {
        "InvalidArgument: k_cache: expected strides that are multiples of 8 elements, but for the last, got (73732, "
        "1152, "
        "576, 1)"},
+      {[](Args& a) { a.k_cache.strides[0] = std::int64_t{1} << 40; },
+       "InvalidArgument: k_cache: expected strides up to 549755813887 elements, got (1099511627776, "},
       {[](Args& a) { a.k_cache.strides[0] = std::numeric_limits<std::int64_t>::max(); },
        "InvalidArgument: k_cache: expected fewer than 2^56 elements from its first to its last, got strides "
        "(9223372036854775807, 1152, 576, 1)"},

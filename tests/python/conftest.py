@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import hopper
 import pytest
 from hypothesis import settings
 
-import hopper
-
 settings.register_profile("flash_mla", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("flash_mla")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a Hopper GPU; skipped where there is none")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

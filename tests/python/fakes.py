@@ -92,9 +92,7 @@ class FakeArray:
         extents = (ctypes.c_int64 * len(shape))(*shape)
         steps = None if strides is None else (ctypes.c_int64 * len(strides))(*strides)
         self._kept = (extents, steps)
-        tensor = _Tensor(
-            data, _Device(*device), len(shape), _DType(*_DTYPES[dtype], lanes), extents, steps, offset
-        )
+        tensor = _Tensor(data, _Device(*device), len(shape), _DType(*_DTYPES[dtype], lanes), extents, steps, offset)
         self._versioned = version is not None
         self._managed = _ManagedVersioned(version, 0, None, None, flags, tensor) if version else _Managed(tensor)
         self._destructor = _Destructor(self._give_back)

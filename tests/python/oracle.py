@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
 from cases import HEAD_DIM_QK, HEAD_DIM_V, Case
 
 OUT_ABSOLUTE = 8e-4

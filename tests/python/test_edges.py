@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from cases import HEAD_DIM_QK, LAYOUTS, Spec, make_case, varied_lengths
 from checks import Guarded, check, decode, same_bits
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from cases import Case, Spec, make_case, varied_lengths
 from checks import decode, plan, same_bits
 from flash_mla import get_mla_metadata

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from cases import LAYOUTS, Case, NumpyArrays, Spec, make_case
 from oracle import assert_close, decode_numpy, decode_torch
 

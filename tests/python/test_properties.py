@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
 from cases import LAYOUTS, Spec, make_case
 from checks import check
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 
 @st.composite

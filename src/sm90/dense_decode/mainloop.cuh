@@ -122,10 +122,9 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-        ptx::wgmma_m64n128k16_ra_tb<Element>(
-            o[half], &p[4 * step],
-            ptx::swizzled_descriptor<Traits::kChunkBytes>(v + half * 2 * Traits::kChunkBytes +
-                                                          step * 16 * Traits::kRowBytes));
+        ptx::wgmma_m64n128k16_ra_tb<Element>(o[half], &p[4 * step],
+                                             ptx::swizzled_descriptor<Traits::kChunkBytes>(
+                                                 v + half * 2 * Traits::kChunkBytes + step * 16 * Traits::kRowBytes));
       }
       ptx::wgmma_commit();
     }

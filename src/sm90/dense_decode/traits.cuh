@@ -60,9 +60,9 @@ struct alignas(1024) SharedStorage {
 
 /// Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int {
-  kPReady = 1,           // + warpgroup: its P is in shared memory
-  kConsumersReady = 3,   // both consumer warpgroups
-  kWarpgroupReady = 4,   // + warpgroup: one consumer warpgroup
+  kPReady = 1,          // + warpgroup: its P is in shared memory
+  kConsumersReady = 3,  // both consumer warpgroups
+  kWarpgroupReady = 4,  // + warpgroup: one consumer warpgroup
 };
 
 }  // namespace flash_mla::sm90

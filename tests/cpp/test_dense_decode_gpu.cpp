@@ -1,0 +1,207 @@
+// The public C++ API on a GPU, against the CPU path and the host's plan. Skipped, by name, without a Hopper GPU.
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "flash_mla/flash_mla.h"
+
+namespace flash_mla {
+namespace {
+
+constexpr Device kCpu{DeviceType::kCpu, 0};
+constexpr Device kGpu{DeviceType::kCuda, 0};
+
+bool has_hopper() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return false;
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+  return major == 9 && minor == 0;
+}
+
+/// Device memory with a copy of a host array.
+template <class T>
+class OnDevice {
+ public:
+  explicit OnDevice(const std::vector<T>& host) : size_(host.size()) {
+    EXPECT_EQ(cudaMalloc(&data_, size_ * sizeof(T)), cudaSuccess);
+    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
+  }
+  ~OnDevice() { cudaFree(data_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  T* data() const { return static_cast<T*>(data_); }
+  std::vector<T> to_host() const {
+    std::vector<T> host(size_);
+    EXPECT_EQ(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
+    return host;
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_;
+};
+
+std::uint16_t to_bfloat16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float from_bfloat16(std::uint16_t value) {
+  const std::uint32_t bits = std::uint32_t{value} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+std::vector<std::uint16_t> random_bfloat16(std::size_t size, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0F, 0.1F);
+  std::vector<std::uint16_t> values(size);
+  for (std::uint16_t& value : values) value = to_bfloat16(normal(random));
+  return values;
+}
+
+class DenseDecodeGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU (compute capability 9.0)";
+  }
+};
+
+/// Extents of the decode test: lengths with and without whole blocks, and none.
+constexpr int kHeads = 16, kQueries = 2, kPageSize = 64, kMaxPages = 40;
+const std::vector<std::int32_t> kSeqlens{2500, 0, 64, 1, 777};
+
+struct HostCase {
+  int batch = static_cast<int>(kSeqlens.size());
+  std::vector<std::uint16_t> q = random_bfloat16(std::size_t(batch) * kQueries * kHeads * kHeadDimQk, 1);
+  std::vector<std::uint16_t> k_cache = random_bfloat16(std::size_t(batch) * kMaxPages * kPageSize * kHeadDimQk, 2);
+  std::vector<std::int32_t> block_table;
+  std::vector<std::uint16_t> out =
+      std::vector<std::uint16_t>(std::size_t(batch) * kQueries * kHeads * kHeadDimV, 0x7fc0);
+  std::vector<float> lse = std::vector<float>(std::size_t(batch) * kHeads * kQueries, NAN);
+
+  HostCase() {
+    for (int i = 0; i < batch * kMaxPages; ++i) block_table.push_back(i * 7 % (batch * kMaxPages));
+  }
+};
+
+DenseDecodeArguments make_arguments(Device device, std::uint16_t* q, std::uint16_t* k_cache, std::int32_t* block_table,
+                                    std::int32_t* cache_seqlens, std::uint16_t* out, float* lse) {
+  const int batch = static_cast<int>(kSeqlens.size());
+  DenseDecodeArguments args;
+  args.q = make_tensor(q, DType::kBFloat16, device, batch, kQueries, kHeads, kHeadDimQk);
+  args.k_cache = make_tensor(k_cache, DType::kBFloat16, device, batch * kMaxPages, kPageSize, 1, kHeadDimQk);
+  args.block_table = make_tensor(block_table, DType::kInt32, device, batch, kMaxPages);
+  args.cache_seqlens = make_tensor(cache_seqlens, DType::kInt32, device, batch);
+  args.out = make_tensor(out, DType::kBFloat16, device, batch, kQueries, kHeads, kHeadDimV);
+  args.lse = make_tensor(lse, DType::kFloat32, device, batch, kHeads, kQueries);
+  args.causal = true;
+  return args;
+}
+
+TEST_F(DenseDecodeGpu, AgreesWithTheCpu) {
+  HostCase host;
+  std::vector<std::int32_t> seqlens = kSeqlens;
+  dense_decode(make_arguments(kCpu, host.q.data(), host.k_cache.data(), host.block_table.data(), seqlens.data(),
+                              host.out.data(), host.lse.data()),
+               nullptr, 0, nullptr);
+
+  const HostCase fresh;
+  const OnDevice<std::uint16_t> q(host.q), k_cache(host.k_cache), out(fresh.out);
+  const OnDevice<std::int32_t> block_table(host.block_table), cache_seqlens(seqlens);
+  const OnDevice<float> lse(fresh.lse);
+  const DenseDecodeArguments args =
+      make_arguments(kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(), out.data(), lse.data());
+  const OnDevice<unsigned char> workspace(std::vector<unsigned char>(dense_decode_workspace_size(args), 0xff));
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
+  dense_decode(args, workspace.data(), dense_decode_workspace_size(args), stream);
+  ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  ASSERT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+
+  const std::vector<std::uint16_t> got_out = out.to_host();
+  const std::vector<float> got_lse = lse.to_host();
+  for (std::size_t i = 0; i < host.out.size(); ++i) {
+    const float expected = from_bfloat16(host.out[i]);
+    ASSERT_NEAR(from_bfloat16(got_out[i]), expected, 8e-4F + 2.01F / 128 * std::abs(expected)) << "out at " << i;
+  }
+  for (std::size_t i = 0; i < host.lse.size(); ++i) {
+    if (std::isinf(host.lse[i])) {
+      ASSERT_EQ(got_lse[i], host.lse[i]) << "lse at " << i;
+    } else {
+      ASSERT_NEAR(got_lse[i], host.lse[i], 1e-5F + 1.3e-4F * std::abs(host.lse[i])) << "lse at " << i;
+    }
+  }
+}
+
+TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
+  std::mt19937 random(3);
+  for (const int batch : {1, 2, 64, 128, 1000, 1024, 1025, 5000, 100000}) {
+    for (const int parts : {1, 33, 132, 2000}) {
+      for (const int max_seqlen : {0, 1, 300, 8192, 1 << 20}) {
+        std::vector<std::int32_t> seqlens(batch);
+        for (std::int32_t& value : seqlens) {
+          value = random() % 4 == 0 ? 0 : static_cast<std::int32_t>(random() % (max_seqlen + 1));
+        }
+        std::vector<std::int32_t> metadata(std::size_t(parts) * kTileSchedulerMetadataSize, -1), splits(batch + 1, -1);
+        const OnDevice<std::int32_t> gpu_seqlens(seqlens), gpu_metadata(metadata), gpu_splits(splits);
+        const auto plan = [&](Device device, std::int32_t* lengths, std::int32_t* rows, std::int32_t* sums) {
+          plan_dense_decode(make_tensor(lengths, DType::kInt32, device, batch),
+                            make_tensor(rows, DType::kInt32, device, parts, kTileSchedulerMetadataSize),
+                            make_tensor(sums, DType::kInt32, device, batch + 1), nullptr);
+        };
+        // Part is 16-byte aligned; vectors of int32 are as well, on every allocator this test meets.
+        plan(kCpu, seqlens.data(), metadata.data(), splits.data());
+        plan(kGpu, gpu_seqlens.data(), gpu_metadata.data(), gpu_splits.data());
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        ASSERT_EQ(gpu_metadata.to_host(), metadata) << batch << " requests, " << parts << " parts";
+        ASSERT_EQ(gpu_splits.to_host(), splits) << batch << " requests, " << parts << " parts";
+      }
+    }
+  }
+}
+
+TEST_F(DenseDecodeGpu, ChecksTheWorkspace) {
+  const HostCase host;
+  const OnDevice<std::uint16_t> q(host.q), k_cache(host.k_cache), out(host.out);
+  const OnDevice<std::int32_t> block_table(host.block_table), cache_seqlens(kSeqlens);
+  const OnDevice<float> lse(host.lse);
+  const DenseDecodeArguments args =
+      make_arguments(kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(), out.data(), lse.data());
+  EXPECT_THROW(dense_decode(args, nullptr, 0, nullptr), InvalidArgument);
+  const std::size_t size = dense_decode_workspace_size(args);
+  const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size + 16));
+  EXPECT_THROW(dense_decode(args, workspace.data(), size - 1, nullptr), InvalidArgument);
+  EXPECT_THROW(dense_decode(args, workspace.data() + 8, size, nullptr), InvalidArgument);
+}
+
+TEST(DenseDecodeWithoutGpu, SaysWhatIsMissing) {
+  if (has_hopper()) GTEST_SKIP() << "this machine has a Hopper GPU";
+  HostCase host;
+  std::vector<std::int32_t> seqlens = kSeqlens;
+  // Addresses of the host stand in for the GPU's: nothing may be read before the error.
+  const DenseDecodeArguments args = make_arguments(kGpu, host.q.data(), host.k_cache.data(), host.block_table.data(),
+                                                   seqlens.data(), host.out.data(), host.lse.data());
+  try {
+    dense_decode(args, nullptr, 0, nullptr);
+    FAIL() << "expected Unsupported";
+  } catch (const Unsupported& error) {
+    EXPECT_NE(std::string(error.what()).find("Hopper"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace flash_mla

@@ -1,0 +1,158 @@
+// The split of work: the formulas that host and device share, run on the host.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "scheduler/plan.h"
+
+namespace flash_mla::scheduler {
+namespace {
+
+struct Plan {
+  std::vector<Part> parts;
+  std::vector<std::int32_t> num_splits;
+};
+
+Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts) {
+  constexpr std::int32_t kUnwritten = -12345;
+  Plan plan;
+  plan.parts.resize(num_parts, Part{kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, {}});
+  plan.num_splits.resize(seqlens.size() + 1, kUnwritten);
+  plan_on_host({seqlens.data(), static_cast<std::int32_t>(seqlens.size()), num_parts, plan.parts.data(),
+                plan.num_splits.data()});
+  return plan;
+}
+
+/// Walks the parts as the kernel does: every block of every request once and in order, every request at least once, no
+/// empty piece, and pieces counted rightly. Returns the parts' costs.
+std::vector<std::int64_t> check_cover(const std::vector<std::int32_t>& seqlens, const Plan& plan) {
+  std::vector<std::int64_t> costs;
+  std::int32_t request = 0;     // the next one to be worked
+  std::int64_t next_block = 0;  // of it
+  std::vector<std::int32_t> pieces(seqlens.size(), 0);
+  for (const Part& part : plan.parts) {
+    std::int64_t cost = 0;
+    for (std::int32_t i = part.begin_request; i <= part.end_request; ++i) {
+      const std::int64_t blocks = num_blocks(seqlens[i]);
+      const std::int64_t begin = i == part.begin_request ? part.begin_block : 0;
+      const std::int64_t end = i == part.end_request && part.end_block != kToEnd ? part.end_block : blocks;
+      EXPECT_EQ(i, request);
+      EXPECT_EQ(begin, next_block);
+      EXPECT_LE(end, blocks);
+      EXPECT_TRUE(begin < end || blocks == 0) << "empty piece of request " << i;
+      if (testing::Test::HasFailure()) return costs;
+      ++pieces[i];
+      cost += end - begin;
+      const bool ends_here = i < part.end_request || part.end_block == kToEnd;
+      request += ends_here ? 1 : 0;
+      next_block = ends_here ? 0 : end;
+    }
+    costs.push_back(cost);
+  }
+  EXPECT_EQ(request, static_cast<std::int32_t>(seqlens.size()));
+
+  EXPECT_EQ(plan.num_splits[0], 0);
+  for (std::size_t i = 0; i < seqlens.size(); ++i) {
+    EXPECT_EQ(plan.num_splits[i + 1] - plan.num_splits[i], pieces[i]) << "request " << i;
+  }
+  for (const Part& part : plan.parts) {
+    const bool begins_its_last = part.end_request > part.begin_request || part.begin_block == 0;
+    if (part.begin_request <= part.end_request && begins_its_last) {
+      EXPECT_EQ(part.num_pieces, pieces[part.end_request]);
+    }
+  }
+  return costs;
+}
+
+std::vector<std::int32_t> lengths(const std::string& kind, int batch_size, std::mt19937& random) {
+  std::vector<std::int32_t> values(batch_size);
+  for (std::int32_t& value : values) {
+    if (kind == "zero") value = 0;
+    if (kind == "one") value = 1;
+    if (kind == "equal") value = 4096;
+    if (kind == "short") value = static_cast<std::int32_t>(random() % 200);
+    if (kind == "sparse") value = random() % 10 == 0 ? static_cast<std::int32_t>(random() % 8192) : 0;
+    if (kind == "long") value = static_cast<std::int32_t>(random() % ((1 << 20) + 1));
+    if (kind == "negative") value = -static_cast<std::int32_t>(random() % 100);
+  }
+  return values;
+}
+
+class SchedulerTest : public testing::TestWithParam<std::string> {};
+
+TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
+  std::mt19937 random(7);
+  for (const int batch_size : {1, 2, 3, 31, 64, 128, 129, 1024, 1025, 5000, 100000}) {
+    for (const int num_parts : {1, 2, 16, 33, 66, 132, 500}) {
+      SCOPED_TRACE("batch " + std::to_string(batch_size) + ", parts " + std::to_string(num_parts));
+      const std::vector<std::int32_t> seqlens = lengths(GetParam(), batch_size, random);
+      const Plan plan = make_plan(seqlens, num_parts);
+      check_cover(seqlens, plan);
+      if (HasFailure()) return;
+
+      // In units of blocks with the fixed cost of each piece: no part above its share, one more fixed cost, one block,
+      // and what keeping requests whole may cost.
+      Workload work;
+      for (const std::int32_t seqlen : seqlens) work.add(seqlen);
+      const SplitPlan split(work, num_parts);
+      const std::int64_t bound = split.total_cost() / split.num_parts() + split.piece_cost() + 1 +
+                                 std::min(kMaxMergeCost, split.total_cost() / split.num_parts() / kMergeShare);
+      for (const Part& part : plan.parts) {
+        std::int64_t cost = 0;
+        for (std::int32_t i = part.begin_request; i <= part.end_request; ++i) {
+          const std::int64_t begin = i == part.begin_request ? part.begin_block : 0;
+          const std::int64_t end =
+              i == part.end_request && part.end_block != kToEnd ? part.end_block : num_blocks(seqlens[i]);
+          cost += seqlens[i] > 0 ? end - begin + split.piece_cost() : 1;
+        }
+        EXPECT_LE(cost, bound);
+      }
+      if (HasFailure()) return;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Lengths, SchedulerTest,
+                         testing::Values("zero", "one", "equal", "short", "sparse", "long", "negative"),
+                         [](const auto& info) { return info.param; });
+
+TEST(Scheduler, BalancesOneLongRequestWithinOneBlock) {
+  for (const std::int32_t seqlen : {64, 640, 8192, 65536, 1 << 20}) {
+    for (const int num_parts : {2, 33, 66, 132}) {
+      const Plan plan = make_plan({seqlen}, num_parts);
+      std::vector<std::int64_t> costs = check_cover({seqlen}, plan);
+      costs.erase(std::remove(costs.begin(), costs.end(), 0), costs.end());
+      EXPECT_EQ(static_cast<std::int64_t>(costs.size()), std::min<std::int64_t>(num_parts, num_blocks(seqlen)));
+      const auto [low, high] = std::minmax_element(costs.begin(), costs.end());
+      EXPECT_LE(*high - *low, 1) << seqlen << " tokens, " << num_parts << " parts";
+    }
+  }
+}
+
+TEST(Scheduler, KeepsEqualRequestsWhole) {
+  for (const auto& [batch_size, seqlen, num_parts] :
+       std::vector<std::array<int, 3>>{{128, 4096, 66}, {64, 16384, 66}, {128, 8192, 132}, {64, 8192, 33}}) {
+    const Plan plan = make_plan(std::vector<std::int32_t>(batch_size, seqlen), num_parts);
+    EXPECT_EQ(plan.num_splits[batch_size], batch_size);
+  }
+}
+
+TEST(Scheduler, SplitsAFewLongRequests) {
+  const Plan plan = make_plan(std::vector<std::int32_t>(4, 4096), 132);
+  EXPECT_EQ(plan.num_splits[4], 132);
+}
+
+TEST(Scheduler, AnEmptyBatchLeavesEmptyParts) {
+  const Plan plan = make_plan({}, 3);
+  EXPECT_EQ(plan.num_splits[0], 0);
+  for (const Part& part : plan.parts) EXPECT_GT(part.begin_request, part.end_request);
+}
+
+}  // namespace
+}  // namespace flash_mla::scheduler
