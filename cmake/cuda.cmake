@@ -1,7 +1,7 @@
 # Finds nvcc, enables the CUDA language and finds the toolkit that nvcc belongs to. In this order:
 #   1. what the user names: CMAKE_CUDA_COMPILER, CUDACXX, CUDAToolkit_ROOT, CUDA_HOME or CUDA_PATH
 #   2. nvcc on PATH or in /usr/local/cuda, if new enough
-#   3. the PyPI package cuda-toolkit[nvcc,cccl], in a site-packages folder on CMAKE_PREFIX_PATH
+#   3. the PyPI package cuda-toolkit[nvcc,cccl], where the Python at hand finds its packages
 set(FLASH_MLA_CUDA_MINIMUM 12.8)
 option(FLASH_MLA_NVCC_FROM_WHEEL "Pass over toolkits that are installed, and take nvcc from the PyPI package" OFF)
 
@@ -9,6 +9,18 @@ function(flash_mla_nvcc_version nvcc result)
   execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE output ERROR_QUIET)
   string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${output}")
   set(${result} "${CMAKE_MATCH_1}" PARENT_SCOPE)
+endfunction()
+
+# The folders that Python imports from. pip lays build requirements in several, and not all are on CMAKE_PREFIX_PATH.
+function(flash_mla_python_path result)
+  if(DEFINED Python_EXECUTABLE)
+    set(python "${Python_EXECUTABLE}")
+  else()
+    find_program(python python3 NO_CACHE)
+  endif()
+  execute_process(COMMAND "${python}" -c "import sys; print(*filter(None, sys.path), sep=';')"
+                  OUTPUT_VARIABLE folders OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  set(${result} "${folders}" PARENT_SCOPE)
 endfunction()
 
 function(flash_mla_find_nvcc result)
@@ -29,13 +41,12 @@ function(flash_mla_find_nvcc result)
       message(STATUS "Passing over ${installed_nvcc}: CUDA ${version} is older than ${FLASH_MLA_CUDA_MINIMUM}")
     endif()
   endif()
-  find_program(wheel_nvcc nvcc PATHS ${CMAKE_PREFIX_PATH} PATH_SUFFIXES nvidia/cu13/bin NO_DEFAULT_PATH NO_CACHE)
+  flash_mla_python_path(folders)
+  find_program(wheel_nvcc nvcc PATHS ${folders} PATH_SUFFIXES nvidia/cu13/bin NO_DEFAULT_PATH NO_CACHE)
   if(NOT wheel_nvcc)
-    message(
-      FATAL_ERROR
-        "No nvcc of CUDA ${FLASH_MLA_CUDA_MINIMUM} or newer is on PATH or in /usr/local/cuda. Name a toolkit "
-        "(CUDA_HOME=/path/to/cuda), or install the one from PyPI: pip install 'cuda-toolkit[nvcc,cccl]==13.0.*', and "
-        "pass its site-packages folder as CMAKE_PREFIX_PATH. A wheel build does that by itself.")
+    message(FATAL_ERROR "No nvcc of CUDA ${FLASH_MLA_CUDA_MINIMUM} or newer is on PATH or in /usr/local/cuda. Name a "
+                        "toolkit (CUDA_HOME=/path/to/cuda), or install the one from PyPI: "
+                        "pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'")
   endif()
   set(${result} "${wheel_nvcc}" PARENT_SCOPE)
 endfunction()

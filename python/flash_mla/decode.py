@@ -107,7 +107,8 @@ def flash_mla_with_kvcache(
             framework, (q, k_cache, block_table, cache_seqlens, out, lse), tile_scheduler_metadata, num_splits
         )
     arrays = (q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits)
-    framework.call(_C.dense_decode, arrays, scale, bool(causal), framework.stream(q), framework.allocator(q))
+    allocator = framework.allocator(q)
+    framework.call(_C.dense_decode, arrays, scale, bool(causal), framework.stream(q), allocator)
     framework.finish(q)
     return out, lse
 

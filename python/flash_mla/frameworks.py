@@ -36,7 +36,10 @@ class Framework:
         return None
 
     def allocator(self, like: Array) -> Callable[[int], object] | None:
-        """Makes byte arrays on the device of ``like``. None where the compiled module allocates through DLPack."""
+        """Makes byte arrays on the device of ``like``; to be kept until ``finish`` returns.
+
+        None where the compiled module allocates through DLPack.
+        """
         return None
 
     def check_output(self, array: Array, name: str) -> None:
@@ -131,7 +134,13 @@ class Jax(Framework):
         return function(*(None if array is None else self._capsule(array) for array in arrays), *options)
 
     def allocator(self, like: Array) -> Callable[[int], object] | None:
-        return lambda num_bytes: self._capsule(self.empty(like, (num_bytes,), "uint8"))
+        kept = []  # JAX does not know of the launch, and would give the memory to others before its end
+
+        def allocate(num_bytes: int) -> object:
+            kept.append(self.empty(like, (num_bytes,), "uint8"))
+            return self._capsule(kept[-1])
+
+        return allocate
 
     def check_output(self, array: Array, name: str) -> None:
         super().check_output(array, name)

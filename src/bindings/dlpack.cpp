@@ -1,5 +1,6 @@
 #include "bindings/dlpack.h"
 
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 

@@ -1,5 +1,9 @@
 #include <nanobind/nanobind.h>
 
+#include <exception>
+#include <new>
+#include <utility>
+
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
 #include "flash_mla/error.h"

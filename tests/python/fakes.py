@@ -65,7 +65,7 @@ class FakeArray:
     """An array of a library that knows DLPack and nothing else.
 
     It counts the capsules that it has handed out and that have been given back, and notes the options that it was
-    asked with. Without `data` it points to an address at which there is no memory.
+    asked with. Without `data` it points to an address at which there is no memory; `owner` keeps the memory alive.
     """
 
     _next_address = 1 << 44
@@ -82,6 +82,7 @@ class FakeArray:
         flags: int = 0,
         lanes: int = 1,
         version: int | None = 1,
+        owner: object = None,
     ) -> None:
         if data is None:
             data = FakeArray._next_address
@@ -91,7 +92,7 @@ class FakeArray:
         self.num_returned = 0
         extents = (ctypes.c_int64 * len(shape))(*shape)
         steps = None if strides is None else (ctypes.c_int64 * len(strides))(*strides)
-        self._kept = (extents, steps)
+        self._kept = (extents, steps, owner)
         tensor = _Tensor(data, _Device(*device), len(shape), _DType(*_DTYPES[dtype], lanes), extents, steps, offset)
         self._versioned = version is not None
         self._managed = _ManagedVersioned(version, 0, None, None, flags, tensor) if version else _Managed(tensor)

@@ -44,7 +44,7 @@ def decode(arrays: dict[str, Any], **options: Any) -> None:
 def fake(array: Any, **options: Any) -> FakeArray:
     """A NumPy array's memory, as an array of another library."""
     strides = tuple(stride // array.itemsize for stride in array.strides)
-    options = {"strides": strides, "data": array.ctypes.data, "device": (CPU, 0), **options}
+    options = {"strides": strides, "data": array.ctypes.data, "owner": array, "device": (CPU, 0), **options}
     return FakeArray(array.shape, array.dtype.name, **options)
 
 
