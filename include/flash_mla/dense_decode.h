@@ -44,7 +44,8 @@ struct DenseDecodeArguments {
 };
 
 /// Bytes of device memory that dense_decode needs as workspace for these arguments: a function of shapes and of the
-/// device only, never of values in device memory. 0 on the CPU. Pointers may be null here.
+/// device only, never of values in device memory. 0 on the CPU. Pointers may be null here; where none is, they are
+/// checked as dense_decode does.
 /// @throws InvalidArgument, InvalidType, Unsupported, CudaError
 FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args);
 

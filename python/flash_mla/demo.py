@@ -20,6 +20,9 @@ _SOFTMAX_SCALE = 576**-0.5
 _DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _NUM_TIMED_CALLS = 5
 
+# Standard deviations of the random values: logits of about 0.25, and V small beside the absolute bound.
+_Q_STD, _KV_STD = 5.0, 0.05
+
 # An element is right if it is within one of the two bounds.
 _OUT_ABSOLUTE, _OUT_RELATIVE, _OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
 _LSE_ABSOLUTE, _LSE_RELATIVE = 1e-6, 8.01 / 65536
@@ -179,7 +182,7 @@ def _make_arrays(case: Case, random: np.random.Generator) -> _Arrays:
     dtype = _DTYPES[case.dtype]
     batch_size = len(case.seqlens_k)
     num_pages = [-(-seqlen_k // case.page_size) for seqlen_k in case.seqlens_k]
-    q = random.standard_normal((batch_size, case.seqlen_q, case.num_heads_q, 576)).astype(dtype)
+    q = _normal(random, (batch_size, case.seqlen_q, case.num_heads_q, 576), _Q_STD).astype(dtype)
     k_cache = np.full((sum(num_pages), case.page_size, case.num_heads_k, 576), np.nan, dtype)
     block_table = np.full((batch_size, max(num_pages)), -1, np.int32)
     free_pages = iter(random.permutation(sum(num_pages)))
@@ -187,8 +190,12 @@ def _make_arrays(case: Case, random: np.random.Generator) -> _Arrays:
         for index in range(num_pages[request]):
             page = block_table[request, index] = next(free_pages)
             num_tokens = min(seqlen_k - index * case.page_size, case.page_size)
-            k_cache[page, :num_tokens] = random.standard_normal((num_tokens, case.num_heads_k, 576)).astype(dtype)
+            k_cache[page, :num_tokens] = _normal(random, (num_tokens, case.num_heads_k, 576), _KV_STD).astype(dtype)
     return q, k_cache, block_table, np.array(case.seqlens_k, np.int32)
+
+
+def _normal(random: np.random.Generator, shape: tuple[int, ...], std: float) -> NDArray[np.float64]:
+    return random.standard_normal(shape) * std
 
 
 def _time(call: Callable[[], object]) -> float:

@@ -49,6 +49,12 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
   return workspace;
 }
 
+/// Whether the caller has given memory for what no call does without.
+bool has_addresses(const DenseDecodeArguments& args) {
+  return args.q.data != nullptr && args.k_cache.data != nullptr && args.block_table.data != nullptr &&
+         args.cache_seqlens.data != nullptr && args.out.data != nullptr && args.lse.data != nullptr;
+}
+
 bool is_empty(const DenseDecodeShape& shape) { return shape.batch_size == 0 || shape.seqlen_q == 0; }
 
 /// Strides as the copy engine takes them: a dimension of one element may have any stride, and it wants a legal one.
@@ -169,7 +175,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
 }  // namespace
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args) {
-  const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/false);
+  const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/has_addresses(args));
   if (args.q.device.type == DeviceType::kCpu || is_empty(shape)) return 0;
   cuda::require_hopper(args.q.device.index);
   return lay_out_workspace(shape, num_parts(args, shape)).size;

@@ -80,72 +80,116 @@ class DenseDecodeGpu : public testing::Test {
   }
 };
 
-/// Extents of the decode test: lengths with and without whole blocks, and none.
-constexpr int kHeads = 16, kQueries = 2, kPageSize = 64, kMaxPages = 40;
-const std::vector<std::int32_t> kSeqlens{2500, 0, 64, 1, 777};
-
-struct HostCase {
-  int batch = static_cast<int>(kSeqlens.size());
-  std::vector<std::uint16_t> q = random_bfloat16(std::size_t(batch) * kQueries * kHeads * kHeadDimQk, 1);
-  std::vector<std::uint16_t> k_cache = random_bfloat16(std::size_t(batch) * kMaxPages * kPageSize * kHeadDimQk, 2);
-  std::vector<std::int32_t> block_table;
-  std::vector<std::uint16_t> out =
-      std::vector<std::uint16_t>(std::size_t(batch) * kQueries * kHeads * kHeadDimV, 0x7fc0);
-  std::vector<float> lse = std::vector<float>(std::size_t(batch) * kHeads * kQueries, NAN);
-
-  HostCase() {
-    for (int i = 0; i < batch * kMaxPages; ++i) block_table.push_back(i * 7 % (batch * kMaxPages));
-  }
+/// Extents of a decode.
+struct Extents {
+  int num_heads_q;
+  int seqlen_q;
+  int page_size;
+  bool causal;
 };
 
-DenseDecodeArguments make_arguments(Device device, std::uint16_t* q, std::uint16_t* k_cache, std::int32_t* block_table,
-                                    std::int32_t* cache_seqlens, std::uint16_t* out, float* lse) {
-  const int batch = static_cast<int>(kSeqlens.size());
+// With and without whole blocks, and none; the longest is split over many parts.
+const std::vector<std::int32_t> kSeqlens{2500, 0, 64, 1, 777};
+constexpr int kMaxTokens = 2560;
+
+std::string name_of(const testing::TestParamInfo<Extents>& info) {
+  const Extents& e = info.param;
+  return std::to_string(e.num_heads_q) + "_heads_" + std::to_string(e.seqlen_q) + "_queries_pages_of_" +
+         std::to_string(e.page_size) + (e.causal ? "_causal" : "");
+}
+
+struct HostCase {
+  explicit HostCase(const Extents& e)
+      : extents(e),
+        q(random_bfloat16(kSeqlens.size() * e.seqlen_q * e.num_heads_q * kHeadDimQk, 1)),
+        k_cache(random_bfloat16(kSeqlens.size() * kMaxTokens * kHeadDimQk, 2)),
+        block_table(kSeqlens.size() * kMaxTokens / e.page_size),
+        out(kSeqlens.size() * e.seqlen_q * e.num_heads_q * kHeadDimV, 0x7fc0),  // NaN
+        lse(kSeqlens.size() * e.seqlen_q * e.num_heads_q, NAN) {
+    for (std::size_t i = 0; i < block_table.size(); ++i) {
+      block_table[i] = static_cast<std::int32_t>(i * 7 % block_table.size());
+    }
+  }
+
+  Extents extents;
+  std::vector<std::uint16_t> q, k_cache;
+  std::vector<std::int32_t> block_table, cache_seqlens = kSeqlens;
+  std::vector<std::uint16_t> out;
+  std::vector<float> lse;
+};
+
+DenseDecodeArguments make_arguments(const Extents& e, Device device, std::uint16_t* q, std::uint16_t* k_cache,
+                                    std::int32_t* block_table, std::int32_t* cache_seqlens, std::uint16_t* out,
+                                    float* lse) {
+  const auto batch = static_cast<std::int64_t>(kSeqlens.size());
+  const int max_pages = kMaxTokens / e.page_size;
   DenseDecodeArguments args;
-  args.q = make_tensor(q, DType::kBFloat16, device, batch, kQueries, kHeads, kHeadDimQk);
-  args.k_cache = make_tensor(k_cache, DType::kBFloat16, device, batch * kMaxPages, kPageSize, 1, kHeadDimQk);
-  args.block_table = make_tensor(block_table, DType::kInt32, device, batch, kMaxPages);
+  args.q = make_tensor(q, DType::kBFloat16, device, batch, e.seqlen_q, e.num_heads_q, kHeadDimQk);
+  args.k_cache = make_tensor(k_cache, DType::kBFloat16, device, batch * max_pages, e.page_size, 1, kHeadDimQk);
+  args.block_table = make_tensor(block_table, DType::kInt32, device, batch, max_pages);
   args.cache_seqlens = make_tensor(cache_seqlens, DType::kInt32, device, batch);
-  args.out = make_tensor(out, DType::kBFloat16, device, batch, kQueries, kHeads, kHeadDimV);
-  args.lse = make_tensor(lse, DType::kFloat32, device, batch, kHeads, kQueries);
-  args.causal = true;
+  args.out = make_tensor(out, DType::kBFloat16, device, batch, e.seqlen_q, e.num_heads_q, kHeadDimV);
+  args.lse = make_tensor(lse, DType::kFloat32, device, batch, e.num_heads_q, e.seqlen_q);
+  args.causal = e.causal;
   return args;
 }
 
-TEST_F(DenseDecodeGpu, AgreesWithTheCpu) {
-  HostCase host;
-  std::vector<std::int32_t> seqlens = kSeqlens;
-  dense_decode(make_arguments(kCpu, host.q.data(), host.k_cache.data(), host.block_table.data(), seqlens.data(),
-                              host.out.data(), host.lse.data()),
-               nullptr, 0, nullptr);
+DenseDecodeArguments host_arguments(HostCase& host, Device device) {
+  return make_arguments(host.extents, device, host.q.data(), host.k_cache.data(), host.block_table.data(),
+                        host.cache_seqlens.data(), host.out.data(), host.lse.data());
+}
 
-  const HostCase fresh;
-  const OnDevice<std::uint16_t> q(host.q), k_cache(host.k_cache), out(fresh.out);
-  const OnDevice<std::int32_t> block_table(host.block_table), cache_seqlens(seqlens);
-  const OnDevice<float> lse(fresh.lse);
-  const DenseDecodeArguments args =
-      make_arguments(kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(), out.data(), lse.data());
-  const OnDevice<unsigned char> workspace(std::vector<unsigned char>(dense_decode_workspace_size(args), 0xff));
+/// A host case's arrays on the GPU.
+struct DeviceCase {
+  explicit DeviceCase(const HostCase& host)
+      : q(host.q),
+        k_cache(host.k_cache),
+        out(host.out),
+        block_table(host.block_table),
+        cache_seqlens(host.cache_seqlens),
+        lse(host.lse),
+        args(make_arguments(host.extents, kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(),
+                            out.data(), lse.data())) {}
+
+  OnDevice<std::uint16_t> q, k_cache, out;
+  OnDevice<std::int32_t> block_table, cache_seqlens;
+  OnDevice<float> lse;
+  DenseDecodeArguments args;
+};
+
+class DenseDecodeGpuGrid : public DenseDecodeGpu, public testing::WithParamInterface<Extents> {};
+
+TEST_P(DenseDecodeGpuGrid, AgreesWithTheCpu) {
+  HostCase host(GetParam());
+  const DeviceCase device(host);
+  const std::size_t size = dense_decode_workspace_size(device.args);
+  const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
-  dense_decode(args, workspace.data(), dense_decode_workspace_size(args), stream);
+  dense_decode(device.args, workspace.data(), size, stream);
   ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
   ASSERT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+  const std::vector<std::uint16_t> out = device.out.to_host();
+  const std::vector<float> lse = device.lse.to_host();
 
-  const std::vector<std::uint16_t> got_out = out.to_host();
-  const std::vector<float> got_lse = lse.to_host();
+  dense_decode(host_arguments(host, kCpu), nullptr, 0, nullptr);
   for (std::size_t i = 0; i < host.out.size(); ++i) {
     const float expected = from_bfloat16(host.out[i]);
-    ASSERT_NEAR(from_bfloat16(got_out[i]), expected, 8e-4F + 2.01F / 128 * std::abs(expected)) << "out at " << i;
+    ASSERT_NEAR(from_bfloat16(out[i]), expected, 8e-4F + 2.01F / 128 * std::abs(expected)) << "out at " << i;
   }
   for (std::size_t i = 0; i < host.lse.size(); ++i) {
     if (std::isinf(host.lse[i])) {
-      ASSERT_EQ(got_lse[i], host.lse[i]) << "lse at " << i;
+      ASSERT_EQ(lse[i], host.lse[i]) << "lse at " << i;
     } else {
-      ASSERT_NEAR(got_lse[i], host.lse[i], 1e-5F + 1.3e-4F * std::abs(host.lse[i])) << "lse at " << i;
+      ASSERT_NEAR(lse[i], host.lse[i], 1e-6F + 8.01F / 65536 * std::abs(host.lse[i])) << "lse at " << i;
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Extents, DenseDecodeGpuGrid,
+                         testing::Values(Extents{1, 1, 64, false}, Extents{16, 2, 64, true}, Extents{63, 1, 128, false},
+                                         Extents{128, 1, 64, false}, Extents{9, 9, 16, true}),
+                         name_of);
 
 TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   std::mt19937 random(3);
@@ -175,28 +219,20 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
 }
 
 TEST_F(DenseDecodeGpu, ChecksTheWorkspace) {
-  const HostCase host;
-  const OnDevice<std::uint16_t> q(host.q), k_cache(host.k_cache), out(host.out);
-  const OnDevice<std::int32_t> block_table(host.block_table), cache_seqlens(kSeqlens);
-  const OnDevice<float> lse(host.lse);
-  const DenseDecodeArguments args =
-      make_arguments(kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(), out.data(), lse.data());
-  EXPECT_THROW(dense_decode(args, nullptr, 0, nullptr), InvalidArgument);
-  const std::size_t size = dense_decode_workspace_size(args);
+  const DeviceCase device(HostCase(Extents{16, 1, 64, false}));
+  EXPECT_THROW(dense_decode(device.args, nullptr, 0, nullptr), InvalidArgument);
+  const std::size_t size = dense_decode_workspace_size(device.args);
   const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size + 16));
-  EXPECT_THROW(dense_decode(args, workspace.data(), size - 1, nullptr), InvalidArgument);
-  EXPECT_THROW(dense_decode(args, workspace.data() + 8, size, nullptr), InvalidArgument);
+  EXPECT_THROW(dense_decode(device.args, workspace.data(), size - 1, nullptr), InvalidArgument);
+  EXPECT_THROW(dense_decode(device.args, workspace.data() + 8, size, nullptr), InvalidArgument);
 }
 
 TEST(DenseDecodeWithoutGpu, SaysWhatIsMissing) {
   if (has_hopper()) GTEST_SKIP() << "this machine has a Hopper GPU";
-  HostCase host;
-  std::vector<std::int32_t> seqlens = kSeqlens;
   // Addresses of the host stand in for the GPU's: nothing may be read before the error.
-  const DenseDecodeArguments args = make_arguments(kGpu, host.q.data(), host.k_cache.data(), host.block_table.data(),
-                                                   seqlens.data(), host.out.data(), host.lse.data());
+  HostCase host(Extents{16, 1, 64, false});
   try {
-    dense_decode(args, nullptr, 0, nullptr);
+    dense_decode(host_arguments(host, kGpu), nullptr, 0, nullptr);
     FAIL() << "expected Unsupported";
   } catch (const Unsupported& error) {
     EXPECT_NE(std::string(error.what()).find("Hopper"), std::string::npos) << error.what();

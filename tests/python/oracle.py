@@ -12,6 +12,7 @@ from cases import HEAD_DIM_QK, HEAD_DIM_V, Case
 OUT_ABSOLUTE = 8e-4
 OUT_RELATIVE = 2.01 / 128
 OUT_COSINE = 5e-6
+OUT_ROW = 0.02  # of a row's length: not the contract's, but what rounding P and out to bfloat16 stays well below
 LSE_ABSOLUTE = 1e-6
 LSE_RELATIVE = 8.01 / 65536
 
@@ -130,6 +131,11 @@ def assert_close(out: Any, lse: Any, ref_out: Any, ref_lse: Any, what: object = 
         energy = float((out * out + ref_out * ref_out).sum())
         cosine = 1.0 - 2.0 * float((out * ref_out).sum()) / energy if energy else 0.0
         assert cosine < OUT_COSINE, f"{what}: cosine difference of out is {cosine:.3g}"
+
+        # A single wrong row would hide in both: small beside 8e-4, and one among many.
+        row_error, row_energy = (error * error).sum(-1), (ref_out * ref_out).sum(-1)
+        good = row_error <= OUT_ROW**2 * row_energy
+        assert bool(good.all()), f"{what}: {_first_bad('row errors of out', good, row_error, row_energy)}"
 
         error = abs(lse - ref_lse)
         finite = (abs(lse) < math.inf) & (abs(ref_lse) < math.inf)

@@ -108,6 +108,7 @@ MISALIGNED = [
     strides("q", 24 * 580, 8 * 580, 580, 1, message="strides that are multiples of 8 elements"),
     strides("k_cache", 2 * 64 * 577, 2 * 577, 577, 1, message="strides that are multiples of 8 elements"),
     strides("out", 24 * 516, 8 * 516, 516, 1, message="strides that are multiples of 8 elements"),
+    *(Mistake(name, ValueError, "address that is a multiple of 16", {"offset": 8}) for name in ("q", "k_cache", "out")),
 ]
 
 
