@@ -1,11 +1,12 @@
 #include "flash_mla/dense_decode.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <cstdint>
+#include <random>
 #include <string>
 
 #include "api/check.h"
-#include "combine/combine.h"
 #include "cpu/dense_decode.h"
 #include "cuda/device.h"
 #include "cuda/tensor_map.h"
@@ -23,30 +24,50 @@ constexpr float kLog2E = 1.44269504088896340736F;
 
 /// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
 struct Workspace {
+  std::size_t flags;
   std::size_t out_accum;
   std::size_t lse_accum;
   std::size_t size;
 };
 
+sm90::QueryTiling make_tiling(const DenseDecodeShape& shape) {
+  return sm90::QueryTiling::make(static_cast<int>(shape.num_heads_q / shape.num_heads_k),
+                                 static_cast<int>(shape.seqlen_q));
+}
+
 int num_parts(const DenseDecodeArguments& args, const DenseDecodeShape& shape) {
   if (shape.num_sm_parts > 0) return static_cast<int>(shape.num_sm_parts);
-  const int group_size = static_cast<int>(shape.num_heads_q / shape.num_heads_k);
-  const auto tiling = sm90::QueryTiling::make(group_size, static_cast<int>(std::max<std::int64_t>(shape.seqlen_q, 1)));
-  return static_cast<int>(dense_decode_num_sm_parts(static_cast<std::int64_t>(tiling.num_tiles) * sm90::kBlockM,
-                                                    shape.num_heads_k, args.q.device));
+  const std::int64_t num_rows = static_cast<std::int64_t>(make_tiling(shape).num_tiles) * sm90::kBlockM;
+  return static_cast<int>(dense_decode_num_sm_parts(num_rows, shape.num_heads_k, args.q.device));
 }
 
 Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
   const auto align = [](std::size_t bytes) {
     return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
-  const std::size_t rows =
-      std::size_t{2} * static_cast<std::size_t>(parts) * static_cast<std::size_t>(shape.seqlen_q * shape.num_heads_q);
+  const auto num_parts = static_cast<std::size_t>(parts);
+  const std::size_t num_tiles = static_cast<std::size_t>(make_tiling(shape).num_tiles * shape.num_heads_k);
+  const std::size_t num_rows = 2 * num_parts * static_cast<std::size_t>(shape.seqlen_q * shape.num_heads_q);
   Workspace workspace{};
-  workspace.out_accum = shape.num_sm_parts > 0 ? 0 : static_cast<std::size_t>(parts) * sizeof(scheduler::Part);
-  workspace.lse_accum = workspace.out_accum + rows * kHeadDimV * sizeof(float);
-  workspace.size = align(workspace.lse_accum + rows * sizeof(float));
+  workspace.flags = shape.num_sm_parts > 0 ? 0 : num_parts * sizeof(scheduler::Part);
+  workspace.out_accum = align(workspace.flags + num_tiles * sm90::kFlagsPerPart * num_parts * sizeof(std::uint64_t));
+  workspace.lse_accum = workspace.out_accum + num_rows * kHeadDimV * sizeof(float);
+  workspace.size = align(workspace.lse_accum + num_rows * sizeof(float));
   return workspace;
+}
+
+/// A number that no other launch of this process has, and that memory of any origin holds with negligible probability.
+std::uint64_t next_launch_token() {
+  static std::atomic<std::uint64_t> counter{[] {
+    std::random_device random;
+    return std::uint64_t{random()} << 32 | random();
+  }()};
+  // One round of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64 bits.
+  std::uint64_t z = counter.fetch_add(0x9e3779b97f4a7c15U, std::memory_order_relaxed);
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9U;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebU;
+  z ^= z >> 31;
+  return z != 0 ? z : 1;
 }
 
 /// Whether the caller has given memory for what no call does without.
@@ -91,7 +112,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.seqlen_q = static_cast<int>(shape.seqlen_q);
   params.num_heads_q = static_cast<int>(shape.num_heads_q);
   params.num_heads_k = static_cast<int>(shape.num_heads_k);
-  params.tiling = sm90::QueryTiling::make(params.num_heads_q / params.num_heads_k, params.seqlen_q);
+  params.tiling = make_tiling(shape);
   params.q_map = make_q_map(args.q, params.tiling);
   params.k_cache_map = make_k_cache_map(args.k_cache, args.q.data);
   params.page_size_log2 = log2_of(shape.page_size);
@@ -114,26 +135,6 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   return params;
 }
 
-combine::CombineParams make_combine_params(const sm90::DenseDecodeParams& decode) {
-  combine::CombineParams params{};
-  params.parts = decode.parts;
-  params.num_parts = decode.num_parts;
-  params.batch_size = decode.batch_size;
-  params.seqlen_q = decode.seqlen_q;
-  params.num_heads_q = decode.num_heads_q;
-  params.out_accum = decode.out_accum;
-  params.lse_accum = decode.lse_accum;
-  params.out = decode.out;
-  params.stride_out_batch = decode.stride_out_batch;
-  params.stride_out_query = decode.stride_out_query;
-  params.stride_out_head = decode.stride_out_head;
-  params.lse = decode.lse;
-  params.stride_lse_batch = decode.stride_lse_batch;
-  params.stride_lse_head = decode.stride_lse_head;
-  params.stride_lse_query = decode.stride_lse_query;
-  return params;
-}
-
 void check_workspace(const Workspace& needed, const void* workspace, std::size_t workspace_bytes) {
   if (workspace_bytes < needed.size || workspace == nullptr) {
     throw InvalidArgument("workspace: expected at least " + std::to_string(needed.size) + " bytes, got " +
@@ -145,7 +146,7 @@ void check_workspace(const Workspace& needed, const void* workspace, std::size_t
   }
 }
 
-/// Plan (where the caller gives none), decode, combine: three launches that overlap at their ends.
+/// Plans where the caller gives no plan, then decodes: one or two launches.
 void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& shape, void* workspace,
                       std::size_t workspace_bytes, CUstream_st* stream) {
   const cuda::DeviceGuard guard(args.q.device.index);
@@ -155,6 +156,8 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   auto* const bytes = static_cast<unsigned char*>(workspace);
 
   sm90::DenseDecodeParams params = make_params(args, shape, parts);
+  params.token = next_launch_token();
+  params.flags = reinterpret_cast<std::uint64_t*>(bytes + layout.flags);
   params.out_accum = reinterpret_cast<float*>(bytes + layout.out_accum);
   params.lse_accum = reinterpret_cast<float*>(bytes + layout.lse_accum);
   if (args.tile_scheduler_metadata) {
@@ -169,7 +172,6 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   } else {
     sm90::launch_dense_decode_fp16(params, stream);
   }
-  combine::launch_combine(make_combine_params(params), args.out.dtype, stream);
 }
 
 }  // namespace

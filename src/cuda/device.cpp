@@ -9,8 +9,6 @@
 namespace flash_mla::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 int attribute(cudaDeviceAttr attr, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attr, device), "cudaDeviceGetAttribute");

@@ -4,6 +4,9 @@
 
 namespace flash_mla::cuda {
 
+/// Devices that the library can tell apart.
+constexpr int kMaxDevices = 64;
+
 /// What the library needs to know of a GPU.
 struct DeviceProperties {
   int compute_capability;  // major * 10 + minor

@@ -2,9 +2,12 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstddef>
+#include <mutex>
 #include <utility>
 
+#include "cuda/device.h"
 #include "cuda/error.h"
 
 namespace flash_mla::cuda {
@@ -40,6 +43,26 @@ class Launch {
   const char* name_;
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
+};
+
+/// Lets a kernel have more dynamic shared memory than by default, on each device that it is launched on.
+class SharedMemoryLimit {
+ public:
+  SharedMemoryLimit(const void* kernel, std::size_t bytes) : kernel_(kernel), bytes_(static_cast<int>(bytes)) {}
+
+  /// On the current device, the first time that it is asked for there.
+  void raise() {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    std::call_once(once_[device], [this] {
+      check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_), "cudaFuncSetAttribute");
+    });
+  }
+
+ private:
+  const void* kernel_;
+  int bytes_;
+  std::array<std::once_flag, kMaxDevices> once_;
 };
 
 }  // namespace flash_mla::cuda

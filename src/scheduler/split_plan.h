@@ -50,7 +50,9 @@ struct alignas(16) Part {
   /// Pieces of end_request from this part on. Above 1, the part's last piece is followed by one in each of the next
   /// num_pieces - 1 parts.
   std::int32_t num_pieces;
-  std::int32_t reserved[3];
+  /// The part that begins begin_request, where this one continues it.
+  std::int32_t first_part;
+  std::int32_t reserved[2];
 };
 static_assert(sizeof(Part) == kTileSchedulerMetadataSize * sizeof(std::int32_t), "one row of the metadata");
 
@@ -106,11 +108,15 @@ class SplitPlan {
   }
   /// The last part with a piece of the request that ends at `end_offset`.
   FLASH_MLA_HOST_DEVICE std::int64_t last_part(std::int64_t end_offset) const { return first_cut_from(end_offset) - 1; }
-  /// In how many pieces the request from `offset` to `end_offset` is worked.
-  FLASH_MLA_HOST_DEVICE std::int32_t num_pieces(std::int64_t offset, std::int64_t end_offset) const {
+  /// The first part with a piece of the request that lies from `offset` to `end_offset`.
+  FLASH_MLA_HOST_DEVICE std::int64_t first_part(std::int64_t offset, std::int64_t end_offset) const {
     const std::int64_t part = first_cut_from(offset);
     const bool begins_there = part < num_parts_ && cut(part) < end_offset && begin_block(part, offset) == 0;
-    return static_cast<std::int32_t>(last_part(end_offset) - part + (begins_there ? 1 : 2));
+    return begins_there ? part : part - 1;
+  }
+  /// In how many pieces the request from `offset` to `end_offset` is worked.
+  FLASH_MLA_HOST_DEVICE std::int32_t num_pieces(std::int64_t offset, std::int64_t end_offset) const {
+    return static_cast<std::int32_t>(last_part(end_offset) - first_part(offset, end_offset) + 1);
   }
 
   /// Requests of a part where none is split.
@@ -128,8 +134,7 @@ class SplitPlan {
     const std::int64_t count = whole_requests(batch_size);
     const std::int64_t begin = part * count < batch_size ? part * count : batch_size;
     const std::int64_t end = begin + count < batch_size ? begin + count : batch_size;
-    parts[part].begin_request = static_cast<std::int32_t>(begin);
-    parts[part].begin_block = 0;
+    write_begin(parts, part, static_cast<std::int32_t>(begin), 0, part);
     write_end(parts, part, static_cast<std::int32_t>(end) - 1, kToEnd, 1);
   }
 
@@ -138,8 +143,7 @@ class SplitPlan {
   FLASH_MLA_HOST_DEVICE void write_cut(Part* parts, std::int64_t part, std::int32_t request, std::int64_t offset,
                                        std::int64_t end_offset) const {
     const std::int32_t block = begin_block(part, offset);
-    parts[part].begin_request = request;
-    parts[part].begin_block = block;
+    write_begin(parts, part, request, block, first_part(offset, end_offset));
     if (part > 0) {
       write_end(parts, part - 1, block > 0 ? request : request - 1, block > 0 ? block : kToEnd,
                 block > 0 ? static_cast<std::int32_t>(last_part(end_offset) - part + 2) : 1);
@@ -149,13 +153,18 @@ class SplitPlan {
   FLASH_MLA_HOST_DEVICE void write_rest(Part* parts, std::int64_t part, std::int32_t batch_size) const {
     if (part == num_parts_ - 1) write_end(parts, part, batch_size - 1, kToEnd, 1);
     if (part >= num_parts_) {
-      parts[part].begin_request = batch_size;
-      parts[part].begin_block = 0;
+      write_begin(parts, part, batch_size, 0, part);
       write_end(parts, part, batch_size - 1, kToEnd, 1);
     }
   }
 
  private:
+  FLASH_MLA_HOST_DEVICE static void write_begin(Part* parts, std::int64_t part, std::int32_t request,
+                                                std::int32_t block, std::int64_t first_part) {
+    parts[part].begin_request = request;
+    parts[part].begin_block = block;
+    parts[part].first_part = static_cast<std::int32_t>(block > 0 ? first_part : part);
+  }
   FLASH_MLA_HOST_DEVICE static void write_end(Part* parts, std::int64_t part, std::int32_t request, std::int32_t block,
                                               std::int32_t num_pieces) {
     parts[part].end_request = request;

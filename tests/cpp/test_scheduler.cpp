@@ -22,7 +22,7 @@ struct Plan {
 Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts) {
   constexpr std::int32_t kUnwritten = -12345;
   Plan plan;
-  plan.parts.resize(num_parts, Part{kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, {}});
+  plan.parts.resize(num_parts, Part{kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, {}});
   plan.num_splits.resize(seqlens.size() + 1, kUnwritten);
   plan_on_host({seqlens.data(), static_cast<std::int32_t>(seqlens.size()), num_parts, plan.parts.data(),
                 plan.num_splits.data()});
@@ -61,7 +61,14 @@ std::vector<std::int64_t> check_cover(const std::vector<std::int32_t>& seqlens, 
   for (std::size_t i = 0; i < seqlens.size(); ++i) {
     EXPECT_EQ(plan.num_splits[i + 1] - plan.num_splits[i], pieces[i]) << "request " << i;
   }
-  for (const Part& part : plan.parts) {
+  for (std::size_t p = 0; p < plan.parts.size(); ++p) {
+    const Part& part = plan.parts[p];
+    if (part.begin_block > 0) {
+      const Part& first = plan.parts[part.first_part];
+      EXPECT_LT(part.first_part, static_cast<std::int32_t>(p));
+      EXPECT_EQ(first.end_request, part.begin_request);
+      EXPECT_TRUE(first.begin_request < first.end_request || first.begin_block == 0);
+    }
     const bool begins_its_last = part.end_request > part.begin_request || part.begin_block == 0;
     if (part.begin_request <= part.end_request && begins_its_last) {
       EXPECT_EQ(part.num_pieces, pieces[part.end_request]);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/load.cuh"
 #include "sm90/dense_decode/mainloop.cuh"
@@ -22,6 +23,9 @@ __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Trait
     ptx::prefetch_tensor_map(&params.k_cache_map);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
+    for (auto& barrier : shared.exchange_full) {
+      ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
+    }
     for (int buffer = 0; buffer < Traits::kNumBuffers; ++buffer) {
       for (auto& barrier : shared.kv_full[buffer]) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
       for (auto& barrier : shared.kv_empty[buffer]) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarps);
@@ -48,36 +52,25 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, SharedS
   const RowCoordinate first_row(params, tile, head_k, 0);
   PieceWalk walk(params, part_idx);
   Piece piece;
-  int parity = 0;
   while (walk.next(piece)) {
-    float row_max[2] = {kNoMax, kNoMax};
-    float row_sum[2] = {0.0F, 0.0F};
     consumer.reset();
     if (piece.begin_block < piece.end_block) {
       const int limits[2] = {rows[0].limit(params, piece.seqlen_k), rows[1].limit(params, piece.seqlen_k)};
       consumer.run(piece, limits, first_row.limit(params, piece.seqlen_k));
-      // The sum of both warpgroups; two sets of cells, since the other may still read those of the piece before.
-      auto& cells = shared.row_sum[parity];
-      parity ^= 1;
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        row_max[r] = consumer.row_max[r];
-        cells[warpgroup][fragment_row() + 8 * r] = row_reduce_sum(consumer.row_sum[r]);
-      }
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        row_sum[r] = cells[0][fragment_row() + 8 * r] + cells[1][fragment_row() + 8 * r];
-      }
     }
     const Epilogue<Traits> epilogue(params, piece, warpgroup);
-    epilogue.template write_row<0>(rows[0], consumer.o, row_max[0], row_sum[0]);
-    epilogue.template write_row<1>(rows[1], consumer.o, row_max[1], row_sum[1]);
+    epilogue.template write_row<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
+    epilogue.template write_row<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
+    if (!piece.is_whole) {
+      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+      if (threadIdx.x == 0) TileFlags(params, blockIdx.x, head_k).publish(params, piece.slot);
+    }
   }
 }
 
-/// Dense MLA decode. Grid: (tiles of query rows, KV heads, parts); neighbours read the same KV. One CTA an SM: two
-/// consumer warpgroups and one that holds the producer warp.
+/// Dense MLA decode. Grid: (tiles of query rows, KV heads, 2 * parts); neighbours read the same KV. The first half of
+/// the CTAs computes, one for each part: two consumer warpgroups and one that holds the producer warp. The second half
+/// merges split requests.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     dense_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -88,6 +81,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int part_idx = blockIdx.z;
   const QueryTile tile(params.tiling, blockIdx.x);
 
+  if (part_idx >= params.num_parts) {
+    ptx::wait_for_previous_grids();
+    Combine<Traits>(params, tile, blockIdx.x, head_k).run(part_idx - params.num_parts);
+    return;
+  }
   init_shared(params, shared);
   __syncthreads();
   ptx::wait_for_previous_grids();

@@ -13,10 +13,9 @@ void launch_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   using Traits = DenseDecodeTraits<Element>;
   constexpr std::size_t kSharedBytes = sizeof(SharedStorage<Traits>);
   static_assert(kSharedBytes <= 232448, "what a CTA may have on sm_90");
-  cuda::check(cudaFuncSetAttribute(dense_decode_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(kSharedBytes)),
-              "dense_decode_kernel: shared memory");
-  const dim3 grid(params.tiling.num_tiles, params.num_heads_k, params.num_parts);
+  static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(dense_decode_kernel<Traits>), kSharedBytes);
+  limit.raise();
+  const dim3 grid(params.tiling.num_tiles, params.num_heads_k, 2 * params.num_parts);
   const cuda::Launch launch("dense_decode_kernel", grid, dim3(Traits::kNumThreads), kSharedBytes, stream,
                             cuda::Overlap::kWithPrevious);
   launch(dense_decode_kernel<Traits>, params);

@@ -26,7 +26,8 @@ class Consumer {
         warpgroup_(warpgroup),
         q_(ptx::shared_address(shared.q)),
         kv_(ptx::shared_address(shared.kv)),
-        p_exchange_(ptx::shared_address(shared.p) + threadIdx.x % Traits::kWarpgroupThreads * 16),
+        exchange_(ptx::shared_address(&shared.exchange[0][threadIdx.x % Traits::kWarpgroupThreads])),
+        exchange_full_(ptx::shared_address(shared.exchange_full)),
         kv_full_(ptx::shared_address(shared.kv_full[warpgroup])),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
@@ -38,8 +39,8 @@ class Consumer {
     row_sum[0] = row_sum[1] = 0.0F;
   }
 
-  /// O, row maxima and row sums (this warpgroup's share) of a piece with at least one block. `limits`: for each of the
-  /// thread's rows, the number of the request's tokens that it sees; `min_limit`: the least of the tile.
+  /// O (this warpgroup's columns), row maxima and row sums of a piece with at least one block. `limits`: for each of
+  /// the thread's rows, the number of the request's tokens that it sees; `min_limit`: the least of the tile.
   __device__ __forceinline__ void run(const Piece& piece, const int (&limits)[2], int min_limit) {
     piece_ = piece;
     limits_[0] = limits[0];
@@ -62,7 +63,8 @@ class Consumer {
     }
 #pragma unroll 1
     for (; own < num_blocks; own += Traits::kNumConsumers) {
-      take_over();
+      float unused[2];
+      take_over(unused);
       ptx::wgmma_fence();
       issue_qk();
       issue_pv(p_other_, 1 - warpgroup_);
@@ -74,19 +76,22 @@ class Consumer {
       add_own();
     }
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
-    if ((num_blocks - 1) % Traits::kNumConsumers != warpgroup_) {  // the last block is the other's
-      take_over();
+    const bool owns_last = (num_blocks - 1) % Traits::kNumConsumers == warpgroup_;
+    float other_sum[2];
+    if (!owns_last) {
+      take_over(other_sum);
+      give_state();
       ptx::wgmma_fence();
       issue_pv(p_other_, 1 - warpgroup_);
       finish_pv(1 - warpgroup_);
     }
+    add_sums(owns_last, other_sum);
   }
 
   /// This warpgroup's columns of O, 128 and 128.
   float o[2][64];
   float row_max[2];
-  /// Over this warpgroup's blocks and this thread's columns.
-  float row_sum[2];
+  float row_sum[2];  // within run(): over this warpgroup's blocks and this thread's columns only
 
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
@@ -173,38 +178,68 @@ class Consumer {
     ptx::named_barrier_sync(kWarpgroupReady + warpgroup_, Traits::kWarpgroupThreads);
   }
 
-  /// Gives P and the row state to the other warpgroup. Each thread has one counterpart there, and one slot serves both
-  /// directions: whoever writes it has read what the counterpart had written.
+  /// Gives P and the rows' state to the other warpgroup. Each thread has one counterpart there, and one slot serves
+  /// both directions: whoever writes it has read what the counterpart had written.
   __device__ __forceinline__ void hand_over() {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ptx::store_shared_v4(p_exchange_ + i * Traits::kWarpgroupThreads * 16, p_[4 * i], p_[4 * i + 1], p_[4 * i + 2],
-                           p_[4 * i + 3]);
+    for (int i = 0; i < Exchange::kPVectors; ++i) {
+      ptx::store_shared_v4(exchange_ + i * kExchangeStep, p_[4 * i], p_[4 * i + 1], p_[4 * i + 2], p_[4 * i + 3]);
     }
-    if (lane() % 4 == 0) {
-      shared_.row_state[fragment_row()] = {rescale_[0], row_max[0]};
-      shared_.row_state[fragment_row() + 8] = {rescale_[1], row_max[1]};
-    }
-    ptx::named_barrier_arrive(kPReady + warpgroup_, Traits::kConsumerThreads);
+    give_state();
   }
 
-  /// Takes the other's P and row state, and brings O and the sums to its maximum.
-  __device__ __forceinline__ void take_over() {
-    ptx::named_barrier_sync(kPReady + 1 - warpgroup_, Traits::kConsumerThreads);
+  /// Takes the other's P, maxima and sums, and brings O and the own sums to these maxima.
+  __device__ __forceinline__ void take_over(float (&other_sum)[2]) {
+    float other_max[2];
+    take_state(other_max, other_sum);
+#pragma unroll
+    for (int i = 0; i < Exchange::kPVectors; ++i) {
+      ptx::load_shared_v4(exchange_ + i * kExchangeStep, p_other_[4 * i], p_other_[4 * i + 1], p_other_[4 * i + 2],
+                          p_other_[4 * i + 3]);
+    }
     float scale[2];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const RowState state = shared_.row_state[fragment_row() + 8 * r];
-      scale[r] = state.scale;
-      row_max[r] = state.max;
-      row_sum[r] *= state.scale;
+      scale[r] = ptx::exp2_approx((row_max[r] - other_max[r]) * softmax_scale_log2_);
+      row_max[r] = other_max[r];
+      row_sum[r] *= scale[r];
     }
     rescale_o(scale[0], scale[1]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ptx::load_shared_v4(p_exchange_ + i * Traits::kWarpgroupThreads * 16, p_other_[4 * i], p_other_[4 * i + 1],
-                          p_other_[4 * i + 2], p_other_[4 * i + 3]);
+  }
+
+  /// The end of a piece, where the last block's taker has given its sums. Where that was consumer 0, it must not write
+  /// the slot again, for the next piece's first block, before they are read.
+  __device__ __forceinline__ void add_sums(bool owns_last, float (&other_sum)[2]) {
+    if (owns_last) {
+      float other_max[2];
+      take_state(other_max, other_sum);
+      if (warpgroup_ == 1) ptx::mbarrier_arrive(exchange_full_ + sizeof(std::uint64_t));
+    } else if (warpgroup_ == 0) {
+      wait_for_other();
     }
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) row_sum[r] = row_reduce_sum(row_sum[r] + other_sum[r]);
+  }
+
+  __device__ __forceinline__ void give_state() {
+    ptx::store_shared_v4(exchange_ + Exchange::kPVectors * kExchangeStep, __float_as_uint(row_max[0]),
+                         __float_as_uint(row_max[1]), __float_as_uint(row_sum[0]), __float_as_uint(row_sum[1]));
+    ptx::mbarrier_arrive(exchange_full_ + warpgroup_ * sizeof(std::uint64_t));
+  }
+
+  __device__ __forceinline__ void take_state(float (&max)[2], float (&sum)[2]) {
+    wait_for_other();
+    std::uint32_t state[4];
+    ptx::load_shared_v4(exchange_ + Exchange::kPVectors * kExchangeStep, state[0], state[1], state[2], state[3]);
+    max[0] = __uint_as_float(state[0]);
+    max[1] = __uint_as_float(state[1]);
+    sum[0] = __uint_as_float(state[2]);
+    sum[1] = __uint_as_float(state[3]);
+  }
+
+  __device__ __forceinline__ void wait_for_other() {
+    ptx::mbarrier_wait(exchange_full_ + (1 - warpgroup_) * sizeof(std::uint64_t), exchange_phase_);
+    exchange_phase_ ^= 1;
   }
 
   __device__ __forceinline__ void rescale_o(float scale0, float scale1) {
@@ -222,13 +257,15 @@ class Consumer {
   }
 
   static constexpr int kStepBytes = 16 * sizeof(Element);  // k of one wgmma
+  static constexpr int kExchangeStep = Traits::kWarpgroupThreads * sizeof(uint4);
 
   const float softmax_scale_log2_;
   SharedStorage<Traits>& shared_;
   const int warpgroup_;
-  const std::uint32_t q_, kv_, p_exchange_, kv_full_, kv_empty_;
+  const std::uint32_t q_, kv_, exchange_, exchange_full_, kv_full_, kv_empty_;
   std::uint32_t q_phase_ = 0;
   std::uint32_t kv_phase_ = 0;
+  std::uint32_t exchange_phase_ = 0;
 
   Piece piece_;
   int limits_[2];

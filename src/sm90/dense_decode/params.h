@@ -9,6 +9,9 @@
 
 namespace flash_mla::sm90 {
 
+/// Flags of a part for each tile of query rows and each KV head: see combine.cuh.
+constexpr int kFlagsPerPart = 3;
+
 /// What the kernel takes, by value. Strides in elements.
 struct DenseDecodeParams {
   CUtensorMap q_map;        // (576, num_heads_q, seqlen_q, batch), box (64, heads_per_tile, queries_per_tile, 1)
@@ -40,8 +43,10 @@ struct DenseDecodeParams {
 
   // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
   // for one that begins it.
-  float* out_accum;  // (2 * num_parts, seqlen_q, num_heads_q, 512), normalised
-  float* lse_accum;  // (2 * num_parts, seqlen_q, num_heads_q), base 2; -inf where no key was seen
+  float* out_accum;      // (2 * num_parts, seqlen_q, num_heads_q, 512), normalised
+  float* lse_accum;      // (2 * num_parts, seqlen_q, num_heads_q), base 2; -inf where no key was seen
+  std::uint64_t* flags;  // (num_heads_k, num_tiles, kFlagsPerPart * num_parts); contents arbitrary at the start
+  std::uint64_t token;   // unique to this launch, never 0
 };
 
 }  // namespace flash_mla::sm90

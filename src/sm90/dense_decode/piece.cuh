@@ -14,19 +14,18 @@ struct Piece {
   int slot;       // where the result goes otherwise
 };
 
-/// Walks the pieces of a part. Every role of the CTA walks them alike.
+/// Walks the pieces of a part. Every role of the CTA walks them alike. The part's row is read again for each piece:
+/// consumers have no registers to keep it in.
 class PieceWalk {
  public:
   __device__ PieceWalk(const DenseDecodeParams& params, int part_idx)
-      : params_(params), part_idx_(part_idx), part_(params.parts[part_idx]) {
-    request_ = max(part_.begin_request, 0);
-    last_request_ = min(part_.end_request, params.batch_size - 1);
-  }
+      : params_(params), part_idx_(part_idx), request_(max(params.parts[part_idx].begin_request, 0)) {}
 
   __device__ bool next(Piece& piece) {
-    if (request_ > last_request_) return false;
-    const int begin = request_ == part_.begin_request ? max(part_.begin_block, 0) : 0;
-    const int end = request_ == part_.end_request ? part_.end_block : scheduler::kToEnd;
+    const scheduler::Part part = params_.parts[part_idx_];
+    if (request_ > min(part.end_request, params_.batch_size - 1)) return false;
+    const int begin = request_ == part.begin_request ? max(part.begin_block, 0) : 0;
+    const int end = request_ == part.end_request ? part.end_block : scheduler::kToEnd;
     piece.request = request_;
     piece.seqlen_k = min(params_.cache_seqlens[request_], params_.max_seqlen_k);
     piece.end_block = min(end, static_cast<int>(scheduler::num_blocks(piece.seqlen_k)));
@@ -39,10 +38,8 @@ class PieceWalk {
 
  private:
   const DenseDecodeParams& params_;
-  int part_idx_;
-  scheduler::Part part_;
+  const int part_idx_;
   int request_;
-  int last_request_;
 };
 
 }  // namespace flash_mla::sm90

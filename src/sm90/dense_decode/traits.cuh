@@ -39,19 +39,19 @@ struct DenseDecodeTraits {
   static_assert(kBlockM == kBlockN, "Q tiles and KV tiles have one layout");
 };
 
-/// The state that travels with a P from one warpgroup to the other, for each row.
-struct RowState {
-  float scale;  // what the accumulators of O so far are to be multiplied with
-  float max;    // running maximum of the raw scores that P is relative to
+/// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P
+/// fragment, and the running maxima and sums of its two rows.
+struct Exchange {
+  static constexpr int kPVectors = 4;
+  static constexpr int kVectors = kPVectors + 1;
 };
 
 template <class Traits>
 struct alignas(1024) SharedStorage {
   unsigned char q[Traits::kTileBytes];
   unsigned char kv[Traits::kNumBuffers][Traits::kTileBytes];
-  unsigned char p[Traits::kChunkBytes];  // a thread's P fragment, on its way to the other warpgroup
-  RowState row_state[kBlockM];
-  float row_sum[2][Traits::kNumConsumers][kBlockM];  // [parity of the piece]
+  uint4 exchange[Exchange::kVectors][Traits::kWarpgroupThreads];
+  std::uint64_t exchange_full[Traits::kNumConsumers];
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];
@@ -60,9 +60,8 @@ struct alignas(1024) SharedStorage {
 
 /// Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int {
-  kPReady = 1,          // + warpgroup: its P is in shared memory
-  kConsumersReady = 3,  // both consumer warpgroups
-  kWarpgroupReady = 4,  // + warpgroup: one consumer warpgroup
+  kConsumersReady = 1,  // both consumer warpgroups
+  kWarpgroupReady = 2,  // + warpgroup: one consumer warpgroup
 };
 
 }  // namespace flash_mla::sm90

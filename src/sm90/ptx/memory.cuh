@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+// Global memory between CTAs: PTX ISA, "ld", "st", "atom" with .acquire and .release.
+
+namespace flash_mla::ptx {
+
+/// What this thread, and those of its CTA that it has synchronised with, wrote before is seen by whoever reads the
+/// value with load_acquire.
+__device__ __forceinline__ void store_release(std::uint64_t* address, std::uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ std::uint64_t load_acquire(const std::uint64_t* address) {
+  std::uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+/// Returns the value before.
+__device__ __forceinline__ std::uint64_t atomic_add(std::uint64_t* address, std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
+  return before;
+}
+
+}  // namespace flash_mla::ptx
