@@ -63,8 +63,7 @@ class Consumer {
     }
 #pragma unroll 1
     for (; own < num_blocks; own += Traits::kNumConsumers) {
-      float unused[2];
-      take_over(unused);
+      take_over();
       ptx::wgmma_fence();
       issue_qk();
       issue_pv(p_other_, 1 - warpgroup_);
@@ -77,15 +76,14 @@ class Consumer {
     }
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
     const bool owns_last = (num_blocks - 1) % Traits::kNumConsumers == warpgroup_;
-    float other_sum[2];
     if (!owns_last) {
-      take_over(other_sum);
-      give_state();
+      take_over();
+      give_sums();
       ptx::wgmma_fence();
       issue_pv(p_other_, 1 - warpgroup_);
       finish_pv(1 - warpgroup_);
     }
-    add_sums(owns_last, other_sum);
+    total_sums(owns_last);
   }
 
   /// This warpgroup's columns of O, 128 and 128.
@@ -185,58 +183,63 @@ class Consumer {
     for (int i = 0; i < Exchange::kPVectors; ++i) {
       ptx::store_shared_v4(exchange_ + i * kExchangeStep, p_[4 * i], p_[4 * i + 1], p_[4 * i + 2], p_[4 * i + 3]);
     }
-    give_state();
+    store_state(rescale_[0], row_max[0], rescale_[1], row_max[1]);
+    signal_other();
   }
 
-  /// Takes the other's P, maxima and sums, and brings O and the own sums to these maxima.
-  __device__ __forceinline__ void take_over(float (&other_sum)[2]) {
-    float other_max[2];
-    take_state(other_max, other_sum);
+  /// Takes the other's P and state, and brings O and the own sums to its maximum.
+  __device__ __forceinline__ void take_over() {
+    wait_for_other();
+    float scale[2];
+    load_state(scale[0], row_max[0], scale[1], row_max[1]);
 #pragma unroll
     for (int i = 0; i < Exchange::kPVectors; ++i) {
       ptx::load_shared_v4(exchange_ + i * kExchangeStep, p_other_[4 * i], p_other_[4 * i + 1], p_other_[4 * i + 2],
                           p_other_[4 * i + 3]);
     }
-    float scale[2];
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      scale[r] = ptx::exp2_approx((row_max[r] - other_max[r]) * softmax_scale_log2_);
-      row_max[r] = other_max[r];
-      row_sum[r] *= scale[r];
-    }
+    row_sum[0] *= scale[0];
+    row_sum[1] *= scale[1];
     rescale_o(scale[0], scale[1]);
   }
 
-  /// The end of a piece, where the last block's taker has given its sums. Where that was consumer 0, it must not write
-  /// the slot again, for the next piece's first block, before they are read.
-  __device__ __forceinline__ void add_sums(bool owns_last, float (&other_sum)[2]) {
+  /// The end of a piece: the last block's taker, who may write the slot, gives its sums, and gets the totals back.
+  /// After that consumer 0 may write the slot for the next piece's first block.
+  __device__ __forceinline__ void give_sums() {
+    store_state(row_sum[0], row_sum[1], 0.0F, 0.0F);
+    signal_other();
+  }
+  __device__ __forceinline__ void total_sums(bool owns_last) {
+    float other[2], unused[2];
+    wait_for_other();
+    load_state(other[0], other[1], unused[0], unused[1]);
     if (owns_last) {
-      float other_max[2];
-      take_state(other_max, other_sum);
-      if (warpgroup_ == 1) ptx::mbarrier_arrive(exchange_full_ + sizeof(std::uint64_t));
-    } else if (warpgroup_ == 0) {
-      wait_for_other();
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) row_sum[r] += other[r];
+      give_sums();
+    } else {
+      row_sum[0] = other[0];
+      row_sum[1] = other[1];
     }
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) row_sum[r] = row_reduce_sum(row_sum[r] + other_sum[r]);
+    for (int r = 0; r < kRowsPerThread; ++r) row_sum[r] = row_reduce_sum(row_sum[r]);
   }
 
-  __device__ __forceinline__ void give_state() {
-    ptx::store_shared_v4(exchange_ + Exchange::kPVectors * kExchangeStep, __float_as_uint(row_max[0]),
-                         __float_as_uint(row_max[1]), __float_as_uint(row_sum[0]), __float_as_uint(row_sum[1]));
-    ptx::mbarrier_arrive(exchange_full_ + warpgroup_ * sizeof(std::uint64_t));
+  __device__ __forceinline__ void store_state(float a, float b, float c, float d) {
+    ptx::store_shared_v4(exchange_ + Exchange::kPVectors * kExchangeStep, __float_as_uint(a), __float_as_uint(b),
+                         __float_as_uint(c), __float_as_uint(d));
   }
-
-  __device__ __forceinline__ void take_state(float (&max)[2], float (&sum)[2]) {
-    wait_for_other();
+  __device__ __forceinline__ void load_state(float& a, float& b, float& c, float& d) {
     std::uint32_t state[4];
     ptx::load_shared_v4(exchange_ + Exchange::kPVectors * kExchangeStep, state[0], state[1], state[2], state[3]);
-    max[0] = __uint_as_float(state[0]);
-    max[1] = __uint_as_float(state[1]);
-    sum[0] = __uint_as_float(state[2]);
-    sum[1] = __uint_as_float(state[3]);
+    a = __uint_as_float(state[0]);
+    b = __uint_as_float(state[1]);
+    c = __uint_as_float(state[2]);
+    d = __uint_as_float(state[3]);
   }
 
+  __device__ __forceinline__ void signal_other() {
+    ptx::mbarrier_arrive(exchange_full_ + warpgroup_ * sizeof(std::uint64_t));
+  }
   __device__ __forceinline__ void wait_for_other() {
     ptx::mbarrier_wait(exchange_full_ + (1 - warpgroup_) * sizeof(std::uint64_t), exchange_phase_);
     exchange_phase_ ^= 1;

@@ -40,7 +40,8 @@ struct DenseDecodeTraits {
 };
 
 /// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P
-/// fragment, and the running maxima and sums of its two rows.
+/// fragment, and for each of its two rows the factor that sums and outputs so far are to be multiplied with, and the
+/// running maximum. At the end of a piece, row sums.
 struct Exchange {
   static constexpr int kPVectors = 4;
   static constexpr int kVectors = kPVectors + 1;
