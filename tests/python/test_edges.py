@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from cases import HEAD_DIM_QK, LAYOUTS, Spec, make_case, varied_lengths
 from checks import Guarded, check, decode, same_bits
+from flash_mla import get_mla_metadata
+from oracle import assert_close, decode_reference
 
 Device = str | None
 
@@ -143,3 +145,33 @@ def test_same_bits_over_many_calls(torch: Any) -> None:
 def test_pytorch_on_the_cpu() -> None:
     pytest.importorskip("torch")
     check(make_case(Spec((100, 0, 70), 2, num_heads_q=4, causal=True), "cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("planned_for", [(1, 1, 1), (9000, 0, 70), (0, 0, 0), (300, 5000, 300)])
+def test_plan_of_other_lengths(torch: Any, planned_for: tuple[int, ...]) -> None:
+    """A plan decides balance, not results: lengths may have changed since it was made."""
+    case = make_case(Spec((2000, 65, 4100), seqlen_q=2, num_heads_q=16, causal=True), "cuda")
+    lengths = torch.tensor(planned_for, dtype=torch.int32, device="cuda")
+    metadata, num_splits = get_mla_metadata(lengths, case.num_q_tokens_per_head_k, 1)
+    results = decode(case, tile_scheduler_metadata=metadata, num_splits=num_splits)
+    assert_close(*results, *decode_reference(case), f"planned for {planned_for}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low", [-(2**31), 0, -3])
+@pytest.mark.parametrize("seed", range(4))
+def test_garbage_plan_does_no_harm(torch: Any, low: int, seed: int) -> None:
+    """Whatever is taken for a plan, the call ends, writes to its results only, and the next one is right."""
+    case = make_case(Spec((2000, 65, 4100), num_heads_q=128), "cuda")
+    metadata, num_splits = get_mla_metadata(case.cache_seqlens, case.num_q_tokens_per_head_k, 1)
+    torch.manual_seed(seed)
+    garbage = torch.randint(low, 2**31 if low < -3 else 8, metadata.shape, dtype=torch.int64, device="cuda")
+    mixed = torch.where(torch.rand(metadata.shape, device="cuda") < 0.5, garbage.int(), metadata)
+    for plan in (garbage.int(), mixed, torch.zeros_like(metadata)):
+        out, lse = Guarded.like_out(case, padded=False), Guarded.like_lse(case, padded=False)
+        decode(case, tile_scheduler_metadata=plan, num_splits=num_splits, out=out.view, lse=lse.view)
+        torch.cuda.synchronize()
+        out.check("garbage plan")
+        lse.check("garbage plan")
+    assert_close(*decode(case), *decode_reference(case), "after garbage plans")

@@ -72,7 +72,8 @@ class Combine {
 #pragma unroll 1
     for (int begun = continues ? 0 : 1; begun <= (begins ? 1 : 0); ++begun) {
       const SplitRequest split(params_, begun ? part_idx : part.first_part);
-      if (wait_for_pieces(split)) merge_slice(split, part_idx - split.first_part);
+      const int slice = part_idx - split.first_part;
+      if (slice < split.num_pieces && wait_for_pieces(split)) merge_slice(split, slice);
     }
   }
 
@@ -90,8 +91,11 @@ class Combine {
 
   /// False where the plan contradicts itself, so that not all pieces will come.
   __device__ bool wait_for_pieces(const SplitRequest& split) const {
-    const bool in_range = split.request >= 0 && split.request < params_.batch_size &&
-                          split.num_pieces <= params_.num_parts - split.first_part;
+    const scheduler::Part first = params_.parts[split.first_part];
+    const bool in_range =
+        split.request >= 0 && split.request < params_.batch_size &&
+        split.num_pieces <= params_.num_parts - split.first_part && first.end_block != scheduler::kToEnd &&
+        (first.begin_request < split.request || (first.begin_request == split.request && first.begin_block == 0));
     bool is_piece = true;
     for (int i = 1 + threadIdx.x; in_range && i < split.num_pieces; i += Traits::kNumThreads) {
       const scheduler::Part part = params_.parts[split.first_part + i];
