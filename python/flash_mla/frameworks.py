@@ -6,6 +6,7 @@ come in.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
@@ -20,16 +21,16 @@ Result = TypeVar("Result")
 _MAX_TEMPLATES = 1024
 
 
-class Framework:
+class Framework(ABC):
     """An array library. The methods' arrays are its own."""
 
     name: str
     #: Whether the compiled module takes everything that a call needs from the arrays themselves.
     is_direct = False
 
+    @abstractmethod
     def empty(self, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """A new array on the device of ``like``, and of its dtype unless one is named ("float32", "int32")."""
-        raise NotImplementedError
 
     def call(self, function: Callable[..., Result], arrays: tuple[Array | None, ...], *options: object) -> Result:
         """Call a function of the compiled module, with arrays in a form that it can read through DLPack."""
