@@ -51,7 +51,7 @@ class Framework(ABC):
         """Raises unless the array is one of the library's, and may be written to."""
         check_framework(self, array, name)
 
-    def finish(self, like: Array) -> None:
+    def finish(self, like: Array) -> None:  # noqa: B027 (most libraries have nothing to do here)
         """Called after a launch."""
 
 
