@@ -70,12 +70,12 @@ def main() -> None:
 
 
 def verify(case: Case) -> None:
-    """Against the oracle, on the GPU for some requests; every result is finite."""
+    """Against the oracle, on the GPU for some requests; no result is NaN. (A causal row with no key has lse +inf.)"""
     out, lse = decode(case, **plan(case))
     if DEVICE is None:
         assert_close(out, lse, *decode_reference(case), case.spec)
         return
-    assert bool(out.isfinite().all() & lse.isfinite().all()), f"a result is not finite: {case.spec}"
+    assert not bool(out.isnan().any() | lse.isnan().any()), f"a result is NaN: {case.spec}"
     some = list(range(0, case.spec.batch_size, case.spec.batch_size // CHECKED_REQUESTS))
     assert_close(out[some], lse[some], *decode_torch(case, some), case.spec)
 
