@@ -1,6 +1,5 @@
 #include "api/check.h"
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -66,8 +65,25 @@ std::string to_string(const void* address) {
   return text.str();
 }
 
+/// Divisions are most of what a check costs; these divisors are powers of two.
+bool is_multiple(std::uint64_t value, std::int64_t power_of_two) {
+  return (value & static_cast<std::uint64_t>(power_of_two - 1)) == 0;
+}
+
 bool is_empty(const Tensor& t) {
-  return std::find(t.shape.begin(), t.shape.begin() + t.rank, 0) != t.shape.begin() + t.rank;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+bool is_contiguous(const Tensor& t) {
+  std::int64_t stride = 1;
+  for (int i = t.rank - 1; i >= 0; --i) {
+    if (t.shape[i] > 1 && t.strides[i] != stride) return false;
+    stride *= t.shape[i];
+  }
+  return true;
 }
 
 std::int64_t element_size(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? 2 : 4; }
@@ -114,10 +130,11 @@ void check_strides(Argument arg) {
   for (int i = 0; i < t.rank; ++i) {
     if (t.shape[i] <= 1) continue;
     if (t.strides[i] < 0) fail(arg.name, "strides of at least 0", to_string(t.strides, t.rank));
-    if (t.strides[i] > room / (t.shape[i] - 1)) {
+    std::int64_t span = 0;
+    if (__builtin_mul_overflow(t.shape[i] - 1, t.strides[i], &span) || span > room) {
       fail(arg.name, "fewer than 2^56 elements from its first to its last", "strides " + to_string(t.strides, t.rank));
     }
-    room -= (t.shape[i] - 1) * t.strides[i];
+    room -= span;
   }
 }
 
@@ -130,20 +147,15 @@ void check_last_dim_contiguous(Argument arg) {
 }
 
 void check_contiguous(Argument arg) {
-  const Tensor& t = arg.tensor;
-  std::int64_t stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    if (t.shape[i] > 1 && t.strides[i] != stride) {
-      fail(arg.name, "a contiguous array", "strides " + to_string(t.strides, t.rank));
-    }
-    stride *= t.shape[i];
-  }
+  if (is_contiguous(arg.tensor)) return;
+  fail(arg.name, "a contiguous array", "strides " + to_string(arg.tensor.strides, arg.tensor.rank));
 }
 
 /// An output's elements must not share memory: taken from the smallest stride up, each dimension steps over all that
 /// the dimensions before it span.
 void check_no_self_overlap(Argument arg) {
   const Tensor& t = arg.tensor;
+  if (is_contiguous(t)) return;
   std::array<int, kMaxRank> order{0, 1, 2, 3};
   for (int i = 0; i < t.rank; ++i) {
     for (int j = i + 1; j < t.rank; ++j) {
@@ -165,10 +177,10 @@ void check_no_self_overlap(Argument arg) {
 /// Strides that bulk copies and vector loads on the GPU can take.
 void check_gpu_strides(Argument arg) {
   const Tensor& t = arg.tensor;
-  const std::int64_t elements = kVectorBytes / element_size(t.dtype);
+  const std::int64_t elements = element_size(t.dtype) == 2 ? kVectorBytes / 2 : kVectorBytes / 4;
   for (int i = 0; i + 1 < t.rank; ++i) {
     if (t.shape[i] <= 1) continue;
-    if (t.strides[i] % elements != 0) {
+    if (!is_multiple(static_cast<std::uint64_t>(t.strides[i]), elements)) {
       fail(arg.name, "strides that are multiples of " + std::to_string(elements) + " elements, but for the last",
            to_string(t.strides, t.rank));
     }
@@ -182,23 +194,28 @@ void check_address(Argument arg, std::int64_t alignment) {
   const void* data = arg.tensor.data;
   if (is_empty(arg.tensor)) return;
   if (data == nullptr) fail(arg.name, "data", "a null pointer");
-  if (reinterpret_cast<std::uintptr_t>(data) % alignment != 0) {
+  if (!is_multiple(reinterpret_cast<std::uintptr_t>(data), alignment)) {
     fail(arg.name, "an address that is a multiple of " + std::to_string(alignment), to_string(data));
   }
 }
 
-void check_apart(Argument output, Argument other) {
-  const Tensor& a = output.tensor;
-  const Tensor& b = other.tensor;
-  if (is_empty(a) || is_empty(b)) return;
-  const auto begin_a = reinterpret_cast<std::uintptr_t>(a.data);
-  const auto begin_b = reinterpret_cast<std::uintptr_t>(b.data);
-  const std::uintptr_t end_a = begin_a + (last_offset(a) + 1) * element_size(a.dtype);
-  const std::uintptr_t end_b = begin_b + (last_offset(b) + 1) * element_size(b.dtype);
-  if (begin_a < end_b && begin_b < end_a) {
-    fail(output.name, std::string("memory apart from ") + other.name,
-         "bytes " + to_string(a.data) + " to " + to_string(reinterpret_cast<const void*>(end_a)) + " that overlap it");
+/// The memory between a tensor's first and last element; nothing where it has no elements.
+struct Span {
+  explicit Span(Argument arg) : name(arg.name) {
+    if (is_empty(arg.tensor)) return;
+    begin = reinterpret_cast<std::uintptr_t>(arg.tensor.data);
+    end = begin + (last_offset(arg.tensor) + 1) * element_size(arg.tensor.dtype);
   }
+  const char* name;
+  std::uintptr_t begin = 0;
+  std::uintptr_t end = 0;
+};
+
+void check_apart(const Span& output, const Span& other) {
+  if (output.begin >= other.end || other.begin >= output.end) return;
+  fail(output.name, std::string("memory apart from ") + other.name,
+       "bytes " + to_string(reinterpret_cast<const void*>(output.begin)) + " to " +
+           to_string(reinterpret_cast<const void*>(output.end)) + " that overlap it");
 }
 
 /// A contiguous int32 array.
@@ -321,16 +338,19 @@ DenseDecodeShape check_dense_decode(const DenseDecodeArguments& args, bool with_
         args.q.device.type == DeviceType::kCuda ? kVectorBytes : element_size(args.q.dtype);
     for (const Argument arg : {q, k_cache, out}) check_address(arg, row_alignment);
     for (const Argument arg : {block_table, cache_seqlens, lse}) check_address(arg, sizeof(std::int32_t));
-    check_apart(out, lse);
-    for (const Argument output : {out, lse}) {
-      for (const Argument input : {q, k_cache, block_table, cache_seqlens}) check_apart(output, input);
-    }
+    const Span out_span(out);
+    const Span lse_span(lse);
+    const auto check_apart_from_outputs = [&](Argument input) {
+      const Span span(input);
+      check_apart(out_span, span);
+      check_apart(lse_span, span);
+    };
+    check_apart(out_span, lse_span);
+    for (const Argument input : {q, k_cache, block_table, cache_seqlens}) check_apart_from_outputs(input);
     if (has_plan) {
       check_address(tile_scheduler_metadata, kVectorBytes);
       check_address(num_splits, sizeof(std::int32_t));
-      for (const Argument output : {out, lse}) {
-        for (const Argument input : {tile_scheduler_metadata, num_splits}) check_apart(output, input);
-      }
+      for (const Argument input : {tile_scheduler_metadata, num_splits}) check_apart_from_outputs(input);
     }
   }
   return {batch_size,
@@ -356,8 +376,10 @@ void check_plan(const Tensor& cache_seqlens_tensor, const Tensor& metadata_tenso
   check_address(cache_seqlens, sizeof(std::int32_t));
   check_address(metadata, kVectorBytes);
   check_address(num_splits, sizeof(std::int32_t));
-  check_apart(metadata, num_splits);
-  for (const Argument output : {metadata, num_splits}) check_apart(output, cache_seqlens);
+  const Span metadata_span(metadata);
+  const Span num_splits_span(num_splits);
+  check_apart(metadata_span, num_splits_span);
+  for (const Span& output : {metadata_span, num_splits_span}) check_apart(output, Span(cache_seqlens));
 }
 
 }  // namespace flash_mla
