@@ -32,6 +32,9 @@ DeviceProperties read_properties(int device) {
   return {major * 10 + minor, attribute(cudaDevAttrMultiProcessorCount, device)};
 }
 
+constexpr int kNone = -1;
+thread_local int guarded_device = kNone;
+
 }  // namespace
 
 const DeviceProperties& device_properties(int device) {
@@ -53,14 +56,24 @@ void require_hopper(int device) {
   }
 }
 
-DeviceGuard::DeviceGuard(int device) : previous_(device), changed_(false) {
+int current_device() {
+  if (guarded_device != kNone) return guarded_device;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+DeviceGuard::DeviceGuard(int device) : previous_(device), changed_(false), outer_(guarded_device) {
   check(cudaGetDevice(&previous_), "cudaGetDevice");
-  if (previous_ == device) return;
-  check(cudaSetDevice(device), "cudaSetDevice");
-  changed_ = true;
+  if (previous_ != device) {
+    check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = true;
+  }
+  guarded_device = device;
 }
 
 DeviceGuard::~DeviceGuard() {
+  guarded_device = outer_;
   if (changed_) (void)cudaSetDevice(previous_);
 }
 

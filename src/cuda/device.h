@@ -19,7 +19,11 @@ const DeviceProperties& device_properties(int device);
 /// Throws Unsupported unless `device` is a Hopper GPU (compute capability 9.0).
 void require_hopper(int device);
 
-/// Makes a device current on this thread, and the previous one again at the end of the scope.
+/// The device that is current on this thread. Inside a DeviceGuard, CUDA isn't asked.
+int current_device();
+
+/// Makes a device current on this thread, and the previous one again at the end of the scope. Within the scope, nothing
+/// else changes it.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -30,6 +34,7 @@ class DeviceGuard {
  private:
   int previous_;
   bool changed_;
+  int outer_;  // the device of the guard around this one
 };
 
 }  // namespace flash_mla::cuda

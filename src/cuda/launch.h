@@ -5,7 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <mutex>
-#include <utility>
+#include <type_traits>
 
 #include "cuda/device.h"
 #include "cuda/error.h"
@@ -34,9 +34,11 @@ class Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), Arguments&&... arguments) const {
-    check(cudaLaunchKernelEx(&config_, kernel, std::forward<Arguments>(arguments)...), name_);
+  /// CUDA copies the arguments once, from where they are.
+  template <class... Parameters>
+  void operator()(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) const {
+    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    check(cudaLaunchKernelExC(&config_, reinterpret_cast<const void*>(kernel), addresses), name_);
   }
 
  private:
@@ -52,9 +54,7 @@ class SharedMemoryLimit {
 
   /// On the current device, the first time that it is asked for there.
   void raise() {
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    std::call_once(once_[device], [this] {
+    std::call_once(once_[current_device()], [this] {
       check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_), "cudaFuncSetAttribute");
     });
   }
