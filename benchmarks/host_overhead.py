@@ -1,13 +1,15 @@
 """Measures what a call of flash_mla_with_kvcache costs the host, with PyTorch tensors on a Hopper GPU.
 
-The whole call counts, from Python to the launches. The shapes are tiny and bursts shorter than the GPU's queue, so that
-no call waits for the GPU.
+The whole call counts, from Python to the launches, in the form that the README shows. The shapes are tiny and bursts
+shorter than the GPU's queue, so that no call waits for the GPU. With --cpp, the C++ benchmark's figures go into the
+result too; what no call can go below is the bare launch there.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,9 @@ from typing import Any
 import machine
 import report
 import torch
-from flash_mla import __version__, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import _C, __version__, flash_mla_with_kvcache, get_mla_metadata
 from pool import Pool
-from shapes import Shape
+from shapes import HEAD_DIM_V, Shape
 
 TINY = Shape("tiny", 1, 16, 1, 64, "us")
 CALLS = 100
@@ -30,10 +32,14 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="where to write (default: <date>-<commit>-host.json in benchmarks/results)"
     )
+    parser.add_argument("--cpp", type=Path, help="flash_mla_host_overhead, built with -DFLASH_MLA_BUILD_BENCHMARKS=ON")
     parser.add_argument("--commit", help=f"what is measured (default: ${machine.COMMIT_VARIABLE}, then git)")
     options = parser.parse_args()
 
     times = {name: host_microseconds(call) for name, call in calls().items()}
+    pieces = {name: host_microseconds(call) for name, call in pieces_of_a_call().items()}
+    if options.cpp is not None:
+        pieces |= {f"C++: {name}": figures for name, figures in cpp_microseconds(options.cpp).items()}
     result = {
         "kind": "host_overhead",
         "date": report.now(),
@@ -41,28 +47,68 @@ def main() -> None:
         "version": __version__,
         "machine": machine.describe(),
         "calls": times,
+        "pieces": pieces,
     }
-    rows = [[name, *(f"{t[key]:.2f}" for key in ("median_us", "fastest_us"))] for name, t in times.items()]
-    report.print_table(["host time of a call", "median us", "fastest us"], rows)
-    print(f"\nwritten to {report.write(result, options.json, '-host')}")
+    for heading, group in (("host time of a call", times), ("of its pieces, and of others", pieces)):
+        rows = [[name, *(f"{t[key]:.2f}" for key in ("median_us", "fastest_us"))] for name, t in group.items()]
+        report.print_table([heading, "median us", "fastest us"], rows)
+        print()
+    print(f"written to {report.write(result, options.json, '-host')}")
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    arguments = Pool(TINY).arguments(0)
-    out, lse = arguments.pop("out"), arguments.pop("lse")
-    extents = arguments["cache_seqlens"], TINY.num_q_tokens_per_head_k, TINY.num_heads_k
-    metadata, num_splits = get_mla_metadata(*extents)
-    given = {"tile_scheduler_metadata": metadata, "num_splits": num_splits}
+    q, k_cache, block_table, cache_seqlens, out, lse = arrays()
+    extents = TINY.num_q_tokens_per_head_k, TINY.num_heads_k
+    metadata, splits = get_mla_metadata(cache_seqlens, *extents)
     meta, _ = get_mla_metadata()
+    decode = flash_mla_with_kvcache
     return {
-        "metadata given": lambda: flash_mla_with_kvcache(**arguments, **given),
-        "metadata given, out and lse given": lambda: flash_mla_with_kvcache(**arguments, **given, out=out, lse=lse),
-        "metadata left out": lambda: flash_mla_with_kvcache(**arguments),
-        "metadata left out, out and lse given": lambda: flash_mla_with_kvcache(**arguments, out=out, lse=lse),
-        "FlashMLASchedMeta": lambda: flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta),
-        "get_mla_metadata": lambda: get_mla_metadata(*extents),
+        "metadata given": lambda: decode(
+            q, k_cache, block_table, cache_seqlens, HEAD_DIM_V, metadata, splits, causal=False
+        ),
+        "metadata given, out and lse given": lambda: decode(
+            q, k_cache, block_table, cache_seqlens, HEAD_DIM_V, metadata, splits, causal=False, out=out, lse=lse
+        ),
+        "metadata left out": lambda: decode(q, k_cache, block_table, cache_seqlens, HEAD_DIM_V, causal=False),
+        "metadata left out, out and lse given": lambda: decode(
+            q, k_cache, block_table, cache_seqlens, HEAD_DIM_V, causal=False, out=out, lse=lse
+        ),
+        "FlashMLASchedMeta": lambda: decode(
+            q, k_cache, block_table, cache_seqlens, HEAD_DIM_V, meta, None, causal=False
+        ),
+        "get_mla_metadata": lambda: get_mla_metadata(cache_seqlens, *extents),
         "torch.empty_like, for comparison": lambda: torch.empty_like(out),
     }
+
+
+def pieces_of_a_call() -> dict[str, Callable[[], Any]]:
+    q, k_cache, block_table, cache_seqlens, out, lse = arrays()
+    metadata, splits = get_mla_metadata(cache_seqlens, TINY.num_q_tokens_per_head_k, TINY.num_heads_k)
+    decode, scale = _C.torch_dense_decode, 576**-0.5
+    return {
+        "compiled module, metadata given": lambda: decode(
+            q, k_cache, block_table, cache_seqlens, None, None, metadata, splits, scale, False, None
+        ),
+        "compiled module, metadata given, out and lse given": lambda: decode(
+            q, k_cache, block_table, cache_seqlens, out, lse, metadata, splits, scale, False, None
+        ),
+        "a launch by PyTorch (torch.cuda._sleep)": lambda: torch.cuda._sleep(0),
+        "a torch.empty of bytes, made and freed": lambda: torch.empty(4096, dtype=torch.uint8, device="cuda"),
+    }
+
+
+def arrays() -> tuple[Any, ...]:
+    """q, k_cache, block_table, cache_seqlens, out and lse of the tiny call."""
+    arguments = Pool(TINY).arguments(0)
+    return tuple(arguments[name] for name in ("q", "k_cache", "block_table", "cache_seqlens", "out", "lse"))
+
+
+def cpp_microseconds(program: Path) -> dict[str, dict[str, float]]:
+    """What the C++ benchmark prints: a heading, then a line for each name, its median and its fastest."""
+    torch.cuda.synchronize()
+    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = [line.rsplit(maxsplit=2) for line in lines[1:]]
+    return {name.strip(): {"median_us": float(median), "fastest_us": float(best)} for name, median, best in rows}
 
 
 def host_microseconds(call: Callable[[], Any]) -> dict[str, float]:
