@@ -80,7 +80,7 @@ def torch_dense_decode(
     tile_scheduler_metadata: object | None,
     num_splits: object | None,
     softmax_scale: float,
-    causal: bool,
+    causal: object,
     extents: tuple[int, int, int, int] | None,
 ) -> tuple[Any, Any] | None:
     """``dense_decode`` on tensors of PyTorch: makes what is None of out and lse, and returns both.

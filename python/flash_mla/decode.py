@@ -101,18 +101,17 @@ def flash_mla_with_kvcache(
     if head_dim_v != _HEAD_DIM_V:
         raise ValueError(f"head_dim_v: expected {_HEAD_DIM_V}, got {head_dim_v}")
     scale = _DEFAULT_SOFTMAX_SCALE if softmax_scale is None else _number("softmax_scale", softmax_scale)
-    causal = bool(causal)
 
     meta = tile_scheduler_metadata
     metadata, splits, extents = meta, num_splits, None
-    if isinstance(meta, FlashMLASchedMeta) and meta.have_initialized and num_splits is None:
+    if splits is None and meta is not None and isinstance(meta, FlashMLASchedMeta) and meta.have_initialized:
         metadata, splits, extents = meta.tile_scheduler_metadata, meta.num_splits, meta.config
     results = _C.torch_dense_decode(
         q, k_cache, block_table, cache_seqlens, out, lse, metadata, splits, scale, causal, extents
     )
     if results is not None:
         return results
-    return _decode(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, scale, causal)
+    return _decode(q, k_cache, block_table, cache_seqlens, out, lse, meta, num_splits, scale, bool(causal))
 
 
 def _decode(
@@ -184,7 +183,7 @@ def _given_plan(
     # Checks the shapes, from which the plan is made.
     framework.call(_C.dense_decode_workspace_size, (*arrays, None, None), _DEFAULT_SOFTMAX_SCALE, False)
     q, k_cache, _, cache_seqlens, _, _ = arrays
-    return tile_scheduler_metadata.arrays(framework, (*q.shape[:3], k_cache.shape[2]), cache_seqlens)
+    return tile_scheduler_metadata.arrays((*q.shape[:3], k_cache.shape[2]), cache_seqlens)
 
 
 def _refuse(**options: object) -> None:

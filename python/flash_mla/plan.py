@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from . import _C
-from .frameworks import Array, Framework, framework_of
+from .frameworks import Array, framework_of
 
 _METADATA_SIZE = 8  # int32 values of a row of tile_scheduler_metadata
 
@@ -32,9 +32,7 @@ class FlashMLASchedMeta:
     tile_scheduler_metadata: Array | None = None
     num_splits: Array | None = None
 
-    def arrays(
-        self, framework: Framework, config: tuple[int, int, int, int], cache_seqlens: Array
-    ) -> tuple[Array, Array]:
+    def arrays(self, config: tuple[int, int, int, int], cache_seqlens: Array) -> tuple[Array, Array]:
         """The plan for a call of these extents; made now if this is the first.
 
         Raises
@@ -45,7 +43,7 @@ class FlashMLASchedMeta:
         if not self.have_initialized:
             _, seqlen_q, num_heads_q, num_heads_k = config
             self.tile_scheduler_metadata, self.num_splits = _plan(
-                framework, cache_seqlens, max(seqlen_q * num_heads_q // num_heads_k, 1), num_heads_k
+                cache_seqlens, max(seqlen_q * num_heads_q // num_heads_k, 1), num_heads_k
             )
             self.config = config
             self.have_initialized = True
@@ -127,19 +125,17 @@ def get_mla_metadata(
     elif num_heads_per_head_k is not None:
         raise TypeError("num_heads_per_head_k: is another name of num_q_tokens_per_head_k, got both")
     return _plan(
-        framework_of(cache_seqlens, "cache_seqlens"),
         cache_seqlens,
         _integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
         _integer("num_heads_k", num_heads_k),
     )
 
 
-def _plan(
-    framework: Framework, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int
-) -> tuple[Array, Array]:
+def _plan(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) -> tuple[Array, Array]:
     plan = _C.torch_plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     if plan is not None:
         return plan
+    framework = framework_of(cache_seqlens, "cache_seqlens")
     num_sm_parts = framework.call(_C.dense_decode_num_sm_parts, (cache_seqlens,), num_q_tokens_per_head_k, num_heads_k)
     metadata = framework.empty(cache_seqlens, (num_sm_parts, _METADATA_SIZE), "int32")
     num_splits = framework.empty(cache_seqlens, (cache_seqlens.shape[0] + 1,), "int32")
@@ -150,6 +146,8 @@ def _plan(
 
 
 def _integer(name: str, value: object) -> int:
+    if type(value) is int:
+        return value
     try:
         return int(value.__index__())  # type: ignore[attr-defined]
     except AttributeError:

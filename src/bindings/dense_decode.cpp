@@ -80,6 +80,13 @@ void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle
   dense_decode(call.args, workspace.data(), workspace_bytes, cuda_stream);
 }
 
+/// As Python's bool(), which costs as much as reading a tensor does.
+bool is_true(nb::handle value) {
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) throw nb::python_error();
+  return truth != 0;
+}
+
 /// Whether `extents`, where it isn't None, is (batch, seqlen_q, num_heads_q, num_heads_k) of the call.
 bool agree(nb::handle extents, const DenseDecodeArguments& args) {
   if (extents.is_none()) return true;
@@ -120,7 +127,7 @@ bool allocate_and_decode(DenseDecodeArguments& args, torch::NewTensor& out, torc
 /// what the longer way through Python serves, or explains the error of.
 nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                         nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
-                        float softmax_scale, bool causal, nb::handle extents) {
+                        float softmax_scale, nb::handle causal, nb::handle extents) {
   for (const nb::handle array : {q, k_cache, block_table, cache_seqlens}) {
     if (!torch::is_tensor(array)) return nb::none();
   }
@@ -139,7 +146,7 @@ nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table
   }
   if (!num_splits.is_none()) args.num_splits = torch::view("num_splits", num_splits);
   args.softmax_scale = softmax_scale;
-  args.causal = causal;
+  args.causal = is_true(causal);
   const bool is_16_bit = args.q.dtype == DType::kBFloat16 || args.q.dtype == DType::kFloat16;
   if (args.q.rank != 4 || !is_16_bit || args.k_cache.rank != 4 || !agree(extents, args)) return nb::none();
 
@@ -171,7 +178,7 @@ void register_dense_decode(nb::module_& m) {
         "exchange table; for others the stream and the workspace come from their library.");
   m.def("torch_dense_decode", torch_decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
         "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(),
-        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a, "extents"_a.none(),
+        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a.none(), "extents"_a.none(),
         "dense_decode on tensors of PyTorch: makes what is None of out and lse, and returns both. None where "
         "dense_decode is to be called instead.");
 }
