@@ -155,9 +155,7 @@ class Consumer {
       apply_mask(s_, {{limits_[0] - begin_token, limits_[1] - begin_token}});
       if (begin_token + Traits::kBlockN > piece_.seqlen_k) clear_dead_values(piece_.seqlen_k - begin_token);
     }
-    online_softmax(s_, row_max, row_sum, rescale_, softmax_scale_log2_);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) p_[i] = pack<Element>(s_[2 * i], s_[2 * i + 1]);
+    online_softmax<Element>(s_, p_, row_max, row_sum, rescale_, softmax_scale_log2_);
   }
 
   /// Zeroes V of the own block's tokens from `live` on: 0 * NaN must not reach O. Its QK is done.
