@@ -13,7 +13,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla/plan.h"
 #include "scheduler/plan.h"
-#include "sm90/dense_decode/launch.h"
+#include "sm90/launch.h"
 
 namespace flash_mla {
 namespace {
@@ -167,11 +167,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
     scheduler::plan_on_device({params.cache_seqlens, params.batch_size, parts, planned, nullptr}, stream);
     params.parts = planned;
   }
-  if (args.q.dtype == DType::kBFloat16) {
-    sm90::launch_dense_decode_bf16(params, stream);
-  } else {
-    sm90::launch_dense_decode_fp16(params, stream);
-  }
+  sm90::launch_dense_decode(params, args.q.dtype, stream);
 }
 
 }  // namespace
