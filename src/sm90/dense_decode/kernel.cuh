@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
   if (part_idx >= params.num_parts) {
     ptx::wait_for_previous_grids();
-    Combine<Traits>(params, tile, blockIdx.x, head_k).run(part_idx - params.num_parts);
+    Combine<Traits>(params, tile, blockIdx.x, head_k, shared_bytes).run(part_idx - params.num_parts);
     return;
   }
   init_shared(params, shared);

@@ -21,7 +21,7 @@ class KvBoxes {
   };
 
   __device__ explicit KvBoxes(const DenseDecodeParams& params)
-      : params_(params), lane_(threadIdx.x % 32), rows_per_box_(min(1 << params.page_size_log2, Traits::kBlockN)) {}
+      : params_(params), lane_(threadIdx.x % 32), rows_per_box_(params.box_tokens) {}
 
   /// Whether this lane has boxes to load.
   __device__ bool is_active() const { return lane_ * rows_per_box_ < Traits::kBlockN; }

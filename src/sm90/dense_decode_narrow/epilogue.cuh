@@ -26,23 +26,17 @@ class NarrowEpilogue {
  public:
   __device__ NarrowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const Piece& piece,
                             const QueryTile& tile, int head_k, int warpgroup)
-      : params_(params),
-        shared_(shared),
-        output_{params, piece},
-        tile_(tile),
-        head_k_(head_k),
-        warpgroup_(warpgroup) {}
+      : params_(params), shared_(shared), output_{params, piece}, tile_(tile), head_k_(head_k), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void write(Consumer& consumer) const {
     float scale[Traits::kRowsPerThread] = {};
     const bool has_blocks = output_.piece.begin_block < output_.piece.end_block;
     merge_sums(consumer, has_blocks, scale);
     if (warpgroup_ == 1) swap_halves(consumer.o);
-#pragma unroll
-    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
-      if (has_blocks) exchange(consumer.o, first, scale);
-#pragma unroll
-      for (int j = 0; j < kStagedChunks; ++j) write_chunk(consumer.o[first + j], warpgroup_ * Traits::kOwnChunks + first + j);
+    if (output_.piece.is_whole) {
+      merge_and_write<OutRows>(consumer, has_blocks, scale);
+    } else {
+      merge_and_write<AccumRows>(consumer, has_blocks, scale);
     }
     if (has_blocks) give_back_query();
   }
@@ -53,6 +47,66 @@ class NarrowEpilogue {
   static_assert(Traits::kNumConsumers * kStagedChunks * Traits::kBlockN * Traits::kRows * sizeof(float) <=
                     Traits::kNumChunks * Traits::kQChunkBytes,
                 "Q's memory holds what is staged");
+
+  /// The rows of out that a thread writes to, null where they are none: of each 8 rows the one of its lane / 4. 8
+  /// columns and 8 rows at a time are transposed, so that a thread stores two columns of a row.
+  struct OutRows {
+    Element* rows[Traits::kRows / 8];
+
+    __device__ explicit OutRows(const NarrowEpilogue& epilogue) {
+#pragma unroll
+      for (int group = 0; group < Traits::kRows / 8; ++group) {
+        const RowCoordinate at = epilogue.coordinate(8 * group + threadIdx.x % 32 / 4);
+        rows[group] = at.is_valid ? epilogue.output_.out_row(at) + threadIdx.x % 4 * 2 : nullptr;
+      }
+    }
+    __device__ __forceinline__ void write(const float (&o)[Traits::kAccumulators], int column) const {
+#pragma unroll
+      for (int i = 0; i < Traits::kAccumulators; i += 2) {
+        const std::uint32_t values = ptx::transpose_matrix(pack<Element>(o[i], o[i + 1]));
+        Element* const row = rows[i / 4];
+        if (row != nullptr) *reinterpret_cast<std::uint32_t*>(row + column + i / 2 % 2 * 8) = values;
+      }
+    }
+  };
+
+  /// The rows of out_accum that a thread writes to, null where they are none.
+  struct AccumRows {
+    float* rows[Traits::kRowsPerThread];
+
+    __device__ explicit AccumRows(const NarrowEpilogue& epilogue) {
+#pragma unroll
+      for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+        const RowCoordinate at = epilogue.coordinate(Consumer::row_at(k));
+        rows[k] = at.is_valid ? epilogue.output_.accum_row(at) + threadIdx.x % 32 / 4 : nullptr;
+      }
+    }
+    __device__ __forceinline__ void write(const float (&o)[Traits::kAccumulators], int column) const {
+#pragma unroll
+      for (int i = 0; i < Traits::kAccumulators; ++i) {
+        float* const row = rows[Consumer::index_of(i)];
+        if (row != nullptr) row[column + i / 2 % 2 * 8] = o[i];
+      }
+    }
+  };
+
+  template <class Rows>
+  __device__ __forceinline__ void merge_and_write(Consumer& consumer, bool has_blocks,
+                                                  const float (&scale)[Traits::kRowsPerThread]) const {
+    const Rows rows(*this);
+    const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
+                             static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16;
+#pragma unroll
+    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
+      if (has_blocks) exchange(consumer.o, first, scale);
+#pragma unroll
+      for (int j = first; j < first + kStagedChunks; ++j) {
+        rows.write(consumer.o[j], first_column + j * Traits::kChunkColumns);
+      }
+    }
+  }
+
+  __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
 
   /// The sums over both consumers, their log-sum-exp, and in `scale` what this consumer's O is multiplied with.
   __device__ __forceinline__ void merge_sums(const Consumer& consumer, bool has_blocks,
@@ -88,7 +142,7 @@ class NarrowEpilogue {
         scale[k] = (warpgroup_ == 0 ? factor[0] : factor[1]) * inverse_sum(sum);
       }
       if (warpgroup_ == 0 && warp == 0 && has_rows) {
-        const RowCoordinate at(params_, tile_, head_k_, row);
+        const RowCoordinate at = coordinate(row);
         if (at.is_valid) output_.write_lse(at, max, sum);
       }
     }
@@ -111,8 +165,8 @@ class NarrowEpilogue {
   /// gives.
   __device__ __forceinline__ void exchange(float (&o)[Traits::kNumVChunks][Traits::kAccumulators], int first,
                                            const float (&scale)[Traits::kRowsPerThread]) const {
-    const std::uint32_t staged = ptx::shared_address(shared_.q) +
-                                 threadIdx.x % Traits::kWarpgroupThreads * static_cast<int>(sizeof(float4));
+    const std::uint32_t staged =
+        ptx::shared_address(shared_.q) + threadIdx.x % Traits::kWarpgroupThreads * static_cast<int>(sizeof(float4));
     constexpr int kVectorStep = Traits::kWarpgroupThreads * sizeof(float4);
     constexpr int kHalf = kStagedChunks * kVectorsPerChunk * kVectorStep;
 #pragma unroll
@@ -144,44 +198,6 @@ class NarrowEpilogue {
     }
     if (first + kStagedChunks < Traits::kOwnChunks) {
       ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);  // read, before it is written again
-    }
-  }
-
-  __device__ __forceinline__ void write_chunk(const float (&o)[Traits::kAccumulators], int chunk) const {
-    const int column = chunk * Traits::kChunkColumns + threadIdx.x % Traits::kWarpgroupThreads / 32 * 16;
-    if (output_.piece.is_whole) {
-      write_out(o, column);
-    } else {
-      write_accum(o, column);
-    }
-  }
-
-  /// 8 columns and 8 query rows at a time, transposed, so that a thread stores two columns of a row.
-  __device__ __forceinline__ void write_out(const float (&o)[Traits::kAccumulators], int column) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int group = 0; group < Traits::kRows / 8; ++group) {
-      const RowCoordinate at(params_, tile_, head_k_, 8 * group + lane / 4);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int i = 4 * group + 2 * r;
-        const std::uint32_t values = ptx::transpose_matrix(pack<Element>(o[i], o[i + 1]));
-        if (at.is_valid) {
-          *reinterpret_cast<std::uint32_t*>(output_.out_row(at) + column + 8 * r + lane % 4 * 2) = values;
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void write_accum(const float (&o)[Traits::kAccumulators], int column) const {
-#pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const RowCoordinate at(params_, tile_, head_k_, Consumer::row_at(k));
-      if (!at.is_valid) continue;
-      const int i = k / 2 * 4 + k % 2;
-      float* row = output_.accum_row(at) + column + threadIdx.x % 32 / 4;
-      row[0] = o[i];
-      row[8] = o[i + 2];
     }
   }
 

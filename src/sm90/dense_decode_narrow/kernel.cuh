@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
   if (part_idx >= params.num_parts) {
     ptx::wait_for_previous_grids();
-    Combine<Traits>(params, tile, blockIdx.x, head_k).run(part_idx - params.num_parts);
+    Combine<Traits>(params, tile, blockIdx.x, head_k, shared_bytes).run(part_idx - params.num_parts);
     return;
   }
   init_shared(params, shared);
@@ -76,7 +76,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
     const int producer = threadIdx.x / 32 - Traits::kConsumerThreads / 32;
-    if (producer == 0) produce_kv<Traits>(params, shared, head_k, part_idx);
+    if (producer == 0) {
+      NarrowProducer<Traits> loader(params, shared);
+      PieceWalk walk(params, part_idx);
+      Piece piece;
+      while (walk.next(piece)) loader.load_piece(piece, head_k);
+    }
     if (producer == 1 && threadIdx.x % 32 == 0) produce_query<Traits>(params, shared, tile, head_k, part_idx);
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();

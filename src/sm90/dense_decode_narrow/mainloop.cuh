@@ -122,9 +122,9 @@ class NarrowConsumer {
       const std::uint32_t v = slot_address(1 + chunk);
 #pragma unroll
       for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-        ptx::wgmma_m64k16<Element, true>(o[chunk],
-                                         ptx::swizzled_descriptor<Traits::kChunkBytes>(v + step * 16 * Traits::kRowBytes),
-                                         ptx::swizzled_descriptor<16>(p + step * Traits::kStepBytes), true);
+        ptx::wgmma_m64k16<Element, true>(
+            o[chunk], ptx::swizzled_descriptor<Traits::kChunkBytes>(v + step * 16 * Traits::kRowBytes),
+            ptx::swizzled_descriptor<16>(p + step * Traits::kStepBytes), true);
       }
       if ((chunk + 1) % Traits::kOwnChunks == 0) ptx::wgmma_commit();
     }
