@@ -41,4 +41,5 @@ NB_MODULE(_C, m) {
           nb::arg("bits"));
   flash_mla::bindings::register_plan(m);
   flash_mla::bindings::register_dense_decode(m);
+  flash_mla::bindings::register_ceilings(m);
 }
