@@ -4,11 +4,12 @@ find_package(nanobind CONFIG REQUIRED)
 
 nanobind_add_module(
   _C BACKEND_MODULE nanobind_backend NOMINSIZE NB_SUPPRESS_WARNINGS
-  src/bindings/ceilings.cpp src/bindings/dense_decode.cpp src/bindings/dlpack.cpp src/bindings/module.cpp src/bindings/plan.cpp)
+  src/bindings/ceilings.cpp src/bindings/dense_decode.cpp src/bindings/dlpack.cpp src/bindings/module.cpp
+  src/bindings/plan.cpp src/bindings/torch_tensor.cpp)
 target_include_directories(_C PRIVATE src)
 # Without its NEEDED entries, auditwheel cannot tell which libc the module is for.
 target_link_options(_C PRIVATE -Wl,--no-as-needed)
-target_link_libraries(_C PRIVATE flash_mla::flash_mla)
+target_link_libraries(_C PRIVATE flash_mla::flash_mla ${CMAKE_DL_LIBS})
 set_target_properties(_C PROPERTIES CXX_EXTENSIONS OFF INSTALL_RPATH "$ORIGIN/${CMAKE_INSTALL_LIBDIR}")
 flash_mla_warnings(_C)
 install(TARGETS _C LIBRARY DESTINATION .)

@@ -7,6 +7,7 @@ or ``TypeError`` naming the argument for a wrong one, ``Unsupported`` where this
 """
 
 from collections.abc import Callable
+from typing import Any
 
 class Unsupported(RuntimeError): ...  # noqa: N818
 class CudaError(RuntimeError): ...
@@ -16,6 +17,9 @@ class Bfloat16Bits:
 
     def __init__(self, bits: object) -> None: ...
 
+def find_torch(tensor_type: object) -> None:
+    """Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs."""
+
 def dense_decode_num_sm_parts(cache_seqlens: object, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
     """The first extent of tile_scheduler_metadata on the device of cache_seqlens."""
 
@@ -23,6 +27,14 @@ def plan_dense_decode(
     cache_seqlens: object, tile_scheduler_metadata: object, num_splits: object, stream: int | None = None
 ) -> None:
     """Writes the plan of a step for cache_seqlens into the two other arrays."""
+
+def torch_plan_dense_decode(
+    cache_seqlens: object, num_q_tokens_per_head_k: int, num_heads_k: int
+) -> tuple[Any, Any] | None:
+    """(tile_scheduler_metadata, num_splits) for a tensor of PyTorch.
+
+    None where ``plan_dense_decode`` is to be called instead.
+    """
 
 def dense_decode_workspace_size(
     q: object,
@@ -69,4 +81,23 @@ def launch_mma_mix(operands: object, sink: object, iterations: int, stream: int 
 
     For benchmarks: what the tensor cores give. ``operands``: at least 110592 bfloat16 values, random ones; ``sink``: a
     float32 for each SM, written.
+    """
+
+def torch_dense_decode(
+    q: object,
+    k_cache: object,
+    block_table: object,
+    cache_seqlens: object,
+    out: object | None,
+    lse: object | None,
+    tile_scheduler_metadata: object | None,
+    num_splits: object | None,
+    softmax_scale: float,
+    causal: bool,
+    extents: tuple[int, int, int, int] | None,
+) -> tuple[Any, Any] | None:
+    """``dense_decode`` on tensors of PyTorch: makes what is None of out and lse, and returns both.
+
+    ``extents`` are what (batch, seqlen_q, num_heads_q, num_heads_k) must be. None is returned, and nothing done, where
+    ``dense_decode`` is to be called instead: for other arrays, other extents, and where memory is short.
     """

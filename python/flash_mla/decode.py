@@ -80,8 +80,14 @@ def flash_mla_with_kvcache(
     CudaError
         a RuntimeError: a call of CUDA failed.
     """
-    if is_fp8_kvcache or not (
-        indices is attn_sink is extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None
+    if (
+        is_fp8_kvcache
+        or indices is not None
+        or attn_sink is not None
+        or extra_k_cache is not None
+        or extra_indices_in_kvcache is not None
+        or topk_length is not None
+        or extra_topk_length is not None
     ):
         _refuse(
             is_fp8_kvcache=is_fp8_kvcache or None,
@@ -95,12 +101,37 @@ def flash_mla_with_kvcache(
     if head_dim_v != _HEAD_DIM_V:
         raise ValueError(f"head_dim_v: expected {_HEAD_DIM_V}, got {head_dim_v}")
     scale = _DEFAULT_SOFTMAX_SCALE if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    causal = bool(causal)
 
+    meta = tile_scheduler_metadata
+    metadata, splits, extents = meta, num_splits, None
+    if isinstance(meta, FlashMLASchedMeta) and meta.have_initialized and num_splits is None:
+        metadata, splits, extents = meta.tile_scheduler_metadata, meta.num_splits, meta.config
+    results = _C.torch_dense_decode(
+        q, k_cache, block_table, cache_seqlens, out, lse, metadata, splits, scale, causal, extents
+    )
+    if results is not None:
+        return results
+    return _decode(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, scale, causal)
+
+
+def _decode(
+    q: Array,
+    k_cache: Array,
+    block_table: Array,
+    cache_seqlens: Array,
+    out: Array | None,
+    lse: Array | None,
+    tile_scheduler_metadata: Array | FlashMLASchedMeta | None,
+    num_splits: Array | None,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Array, Array]:
+    """Decode with arrays of any library: what differs between them is Python's part."""
     framework = framework_of(q, "q")
-    if not (type(q) is type(k_cache) is type(block_table) is type(cache_seqlens)):
-        check_framework(framework, k_cache, "k_cache")
-        check_framework(framework, block_table, "block_table")
-        check_framework(framework, cache_seqlens, "cache_seqlens")
+    check_framework(framework, k_cache, "k_cache")
+    check_framework(framework, block_table, "block_table")
+    check_framework(framework, cache_seqlens, "cache_seqlens")
     out, lse = _outputs(framework, q, out, lse)
     if tile_scheduler_metadata is not None or num_splits is not None:
         tile_scheduler_metadata, num_splits = _given_plan(
@@ -108,7 +139,7 @@ def flash_mla_with_kvcache(
         )
     arrays = (q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits)
     allocator = framework.allocator(q)
-    framework.call(_C.dense_decode, arrays, scale, bool(causal), framework.stream(q), allocator)
+    framework.call(_C.dense_decode, arrays, softmax_scale, causal, framework.stream(q), allocator)
     framework.finish(q)
     return out, lse
 

@@ -18,15 +18,11 @@ Array = Any
 
 Result = TypeVar("Result")
 
-_MAX_TEMPLATES = 1024
-
 
 class Framework(ABC):
     """An array library. The methods' arrays are its own."""
 
     name: str
-    #: Whether the compiled module takes everything that a call needs from the arrays themselves.
-    is_direct = False
 
     @abstractmethod
     def empty(self, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
@@ -63,33 +59,20 @@ class PyTorch(Framework):
     def __init__(self) -> None:
         self._torch = torch = import_module("torch")
         self._dtypes = {"float32": torch.float32, "int32": torch.int32}
-        # Tensors of one element, expanded: empty_like of one is the cheapest way to a new tensor, twice a call.
-        self._templates: dict[tuple[object, ...], Array] = {}
         # PyTorch 2.11 and later: stream and workspace need no way through Python.
-        self.is_direct = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+        self._has_exchange_table = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+        _C.find_torch(torch.Tensor)
 
     def empty(self, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        key = (shape, like.dtype if dtype is None else dtype, like.device)
-        template = self._templates.get(key)
-        return self._first_empty(like, shape, dtype, key) if template is None else self._torch.empty_like(template)
-
-    def _first_empty(self, like: Array, shape: tuple[int, ...], dtype: str | None, key: tuple[object, ...]) -> Array:
-        element = like.new_empty((1,), dtype=like.dtype if dtype is None else self._dtypes[dtype])
-        template = element.expand(shape)
-        # What is allocated under capture belongs to the graph: kept here, it would keep the graph's memory alive.
-        if not (like.is_cuda and self._torch.cuda.is_current_stream_capturing()):
-            if len(self._templates) >= _MAX_TEMPLATES:
-                self._templates.clear()
-            self._templates[key] = template
-        return self._torch.empty_like(template)
+        return like.new_empty(shape, dtype=like.dtype if dtype is None else self._dtypes[dtype])
 
     def stream(self, like: Array) -> int | None:
-        if self.is_direct or not like.is_cuda:
+        if self._has_exchange_table or not like.is_cuda:
             return None
         return int(self._torch.cuda.current_stream(like.device).cuda_stream)
 
     def allocator(self, like: Array) -> Callable[[int], object] | None:
-        if self.is_direct:
+        if self._has_exchange_table:
             return None
         return lambda num_bytes: like.new_empty((num_bytes,), dtype=self._torch.uint8)
 

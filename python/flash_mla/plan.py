@@ -137,6 +137,9 @@ def get_mla_metadata(
 def _plan(
     framework: Framework, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int
 ) -> tuple[Array, Array]:
+    plan = _C.torch_plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+    if plan is not None:
+        return plan
     num_sm_parts = framework.call(_C.dense_decode_num_sm_parts, (cache_seqlens,), num_q_tokens_per_head_k, num_heads_k)
     metadata = framework.empty(cache_seqlens, (num_sm_parts, _METADATA_SIZE), "int32")
     num_splits = framework.empty(cache_seqlens, (cache_seqlens.shape[0] + 1,), "int32")

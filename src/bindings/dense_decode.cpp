@@ -2,9 +2,11 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
+#include "bindings/torch_tensor.h"
 
 namespace flash_mla::bindings {
 namespace {
@@ -78,6 +80,82 @@ void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle
   dense_decode(call.args, workspace.data(), workspace_bytes, cuda_stream);
 }
 
+/// Whether `extents`, where it isn't None, is (batch, seqlen_q, num_heads_q, num_heads_k) of the call.
+bool agree(nb::handle extents, const DenseDecodeArguments& args) {
+  if (extents.is_none()) return true;
+  const std::int64_t found[] = {args.q.shape[0], args.q.shape[1], args.q.shape[2], args.k_cache.shape[2]};
+  if (!nb::isinstance<nb::tuple>(extents) || nb::len(extents) != std::size(found)) return false;
+  for (std::size_t i = 0; i < std::size(found); ++i) {
+    if (nb::cast<std::int64_t>(extents[i]) != found[i]) return false;
+  }
+  return true;
+}
+
+/// Allocates the results that `args` leaves out, and the workspace; decodes. False, with nothing launched, where
+/// PyTorch cannot allocate. Needs no GIL.
+bool allocate_and_decode(DenseDecodeArguments& args, torch::NewTensor& out, torch::NewTensor& lse,
+                         CUstream_st* stream) {
+  const auto [batch_size, seqlen_q, num_heads_q, head_dim_qk] = args.q.shape;
+  if (!args.out) {
+    out = torch::NewTensor(args.q.dtype, args.q.device, {batch_size, seqlen_q, num_heads_q, kHeadDimV});
+    if (!out) return false;
+    args.out = out.view();
+  }
+  if (!args.lse) {
+    lse = torch::NewTensor(DType::kFloat32, args.q.device, {batch_size, num_heads_q, seqlen_q});
+    if (!lse) return false;
+    args.lse = lse.view();
+  }
+  const std::size_t workspace_bytes = remembered_workspace_size(args);
+  torch::NewTensor workspace;
+  if (workspace_bytes > 0) {
+    workspace = torch::NewTensor(DType::kUInt8, args.q.device, {static_cast<std::int64_t>(workspace_bytes)});
+    if (!workspace) return false;
+  }
+  dense_decode(args, workspace.view().data, workspace_bytes, stream);
+  return true;
+}
+
+/// dense_decode on PyTorch's tensors, in one go from the arguments to the results. Returns None, with nothing done, for
+/// what the longer way through Python serves, or explains the error of.
+nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
+                        nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
+                        float softmax_scale, bool causal, nb::handle extents) {
+  for (const nb::handle array : {q, k_cache, block_table, cache_seqlens}) {
+    if (!torch::is_tensor(array)) return nb::none();
+  }
+  for (const nb::handle array : {out, lse, tile_scheduler_metadata, num_splits}) {
+    if (!array.is_none() && !torch::is_tensor(array)) return nb::none();
+  }
+  DenseDecodeArguments args;
+  args.q = torch::view("q", q);
+  args.k_cache = torch::view("k_cache", k_cache);
+  args.block_table = torch::view("block_table", block_table);
+  args.cache_seqlens = torch::view("cache_seqlens", cache_seqlens);
+  if (!out.is_none()) args.out = torch::view("out", out);
+  if (!lse.is_none()) args.lse = torch::view("lse", lse);
+  if (!tile_scheduler_metadata.is_none()) {
+    args.tile_scheduler_metadata = torch::view("tile_scheduler_metadata", tile_scheduler_metadata);
+  }
+  if (!num_splits.is_none()) args.num_splits = torch::view("num_splits", num_splits);
+  args.softmax_scale = softmax_scale;
+  args.causal = causal;
+  const bool is_16_bit = args.q.dtype == DType::kBFloat16 || args.q.dtype == DType::kFloat16;
+  if (args.q.rank != 4 || !is_16_bit || args.k_cache.rank != 4 || !agree(extents, args)) return nb::none();
+
+  torch::NewTensor new_out;
+  torch::NewTensor new_lse;
+  CUstream_st* const stream = torch::current_stream(args.q.device);
+  bool is_done = false;
+  {
+    const nb::gil_scoped_release no_gil;
+    is_done = allocate_and_decode(args, new_out, new_lse, stream);
+  }
+  if (!is_done) return nb::none();
+  return nb::make_tuple(new_out ? new_out.to_python() : nb::borrow(out),
+                        new_lse ? new_lse.to_python() : nb::borrow(lse));
+}
+
 }  // namespace
 
 void register_dense_decode(nb::module_& m) {
@@ -91,6 +169,11 @@ void register_dense_decode(nb::module_& m) {
         "causal"_a, "stream"_a = nb::none(), "allocate"_a = nb::none(),
         "Writes out and lse. `stream` and `allocate`, (num_bytes) -> uint8 array, serve array types without DLPack's "
         "exchange table; for others the stream and the workspace come from their library.");
+  m.def("torch_dense_decode", torch_decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
+        "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(),
+        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a, "extents"_a.none(),
+        "dense_decode on tensors of PyTorch: makes what is None of out and lse, and returns both. None where "
+        "dense_decode is to be called instead.");
 }
 
 }  // namespace flash_mla::bindings

@@ -78,41 +78,6 @@ Device to_device(const char* name, nb::dlpack::device device) {
   }
 }
 
-Tensor to_tensor(const char* name, const dlpack::dltensor& source) {
-  if (source.ndim < 1 || source.ndim > kMaxRank) {
-    throw InvalidArgument(std::string(name) + ": expected 1 to " + std::to_string(kMaxRank) + " dimensions, got " +
-                          std::to_string(source.ndim));
-  }
-  Tensor t;
-  t.data = source.data == nullptr ? nullptr : static_cast<char*>(source.data) + source.byte_offset;
-  t.dtype = to_dtype(source.dtype);
-  t.device = to_device(name, source.device);
-  t.rank = source.ndim;
-  std::int64_t contiguous_stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    t.shape[i] = source.shape[i];
-    t.strides[i] = source.strides == nullptr ? contiguous_stride : source.strides[i];
-    contiguous_stride *= t.shape[i];
-  }
-  return t;
-}
-
-/// The exchange table of an array type, or null. Looked up once per type, which then lives on, so that its address
-/// stays its own.
-const dlpack::ExchangeApi* find_exchange_api(nb::handle type) {
-  static auto* cache = new std::unordered_map<PyObject*, const dlpack::ExchangeApi*>;
-  if (const auto it = cache->find(type.ptr()); it != cache->end()) return it->second;
-
-  const dlpack::ExchangeApi* api = nullptr;
-  const nb::object capsule = nb::getattr(type, "__dlpack_c_exchange_api__", nb::none());
-  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api") != 0) {
-    api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api->header.version.major != dlpack::kMajorVersion || api->view == nullptr) api = nullptr;
-  }
-  cache->emplace(nb::borrow(type).release().ptr(), api);
-  return api;
-}
-
 /// Calls array.__dlpack__ so that the producer neither synchronises nor makes another stream wait, which would end a
 /// graph capture: whoever calls the library has made the data ready on the stream it names.
 nb::object export_capsule(const char* name, nb::handle array) {
@@ -164,6 +129,39 @@ void set_allocation_error(void* context, const char* /*kind*/, const char* messa
 }
 
 }  // namespace
+
+Tensor to_tensor(const char* name, const dlpack::dltensor& source) {
+  if (source.ndim < 1 || source.ndim > kMaxRank) {
+    throw InvalidArgument(std::string(name) + ": expected 1 to " + std::to_string(kMaxRank) + " dimensions, got " +
+                          std::to_string(source.ndim));
+  }
+  Tensor t;
+  t.data = source.data == nullptr ? nullptr : static_cast<char*>(source.data) + source.byte_offset;
+  t.dtype = to_dtype(source.dtype);
+  t.device = to_device(name, source.device);
+  t.rank = source.ndim;
+  std::int64_t contiguous_stride = 1;
+  for (int i = t.rank - 1; i >= 0; --i) {
+    t.shape[i] = source.shape[i];
+    t.strides[i] = source.strides == nullptr ? contiguous_stride : source.strides[i];
+    contiguous_stride *= t.shape[i];
+  }
+  return t;
+}
+
+const dlpack::ExchangeApi* find_exchange_api(nb::handle type) {
+  static auto* cache = new std::unordered_map<PyObject*, const dlpack::ExchangeApi*>;
+  if (const auto it = cache->find(type.ptr()); it != cache->end()) return it->second;
+
+  const dlpack::ExchangeApi* api = nullptr;
+  const nb::object capsule = nb::getattr(type, "__dlpack_c_exchange_api__", nb::none());
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api") != 0) {
+    api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api->header.version.major != dlpack::kMajorVersion || api->view == nullptr) api = nullptr;
+  }
+  cache->emplace(nb::borrow(type).release().ptr(), api);
+  return api;
+}
 
 ArrayView::ArrayView(const char* name, nb::handle array, Access access) : api_(find_exchange_api(array.type())) {
   if (api_ != nullptr) {

@@ -18,6 +18,14 @@ struct Bfloat16Bits {
   nb::object bits;
 };
 
+/// The exchange table of an array type, or null. Looked up once per type, which then lives on, so that its address
+/// stays its own. The GIL is held.
+const dlpack::ExchangeApi* find_exchange_api(nb::handle type);
+
+/// @throws InvalidArgument naming the argument, where it has no or too many dimensions or lies on another kind of
+/// device
+Tensor to_tensor(const char* name, const dlpack::dltensor& source);
+
 /// A Python array as a Tensor, for the length of a call. Make and destroy it with the GIL held.
 ///
 /// Array types with DLPack's exchange table (PyTorch 2.11 and later) are read through it, others through `__dlpack__`,

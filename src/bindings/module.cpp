@@ -6,6 +6,7 @@
 
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
+#include "bindings/torch_tensor.h"
 #include "flash_mla/error.h"
 
 namespace nb = nanobind;
@@ -39,6 +40,8 @@ NB_MODULE(_C, m) {
             new (self) flash_mla::bindings::Bfloat16Bits{std::move(bits)};
           },
           nb::arg("bits"));
+  m.def("find_torch", flash_mla::bindings::torch::find, nb::arg("tensor_type"),
+        "Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs.");
   flash_mla::bindings::register_plan(m);
   flash_mla::bindings::register_dense_decode(m);
   flash_mla::bindings::register_ceilings(m);

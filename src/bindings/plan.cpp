@@ -2,6 +2,7 @@
 
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
+#include "bindings/torch_tensor.h"
 
 namespace flash_mla::bindings {
 namespace {
@@ -20,6 +21,25 @@ void plan(nb::handle cache_seqlens, nb::handle tile_scheduler_metadata, nb::hand
   plan_dense_decode(seqlens.tensor(), metadata.tensor(), splits.tensor(), cuda_stream);
 }
 
+/// Both arrays of a plan, for a tensor of PyTorch. None, with nothing done, where it isn't one, and where PyTorch
+/// cannot allocate.
+nb::object torch_plan(nb::handle cache_seqlens, std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k) {
+  if (!torch::is_tensor(cache_seqlens)) return nb::none();
+  const Tensor seqlens = torch::view("cache_seqlens", cache_seqlens);
+  const std::int64_t num_parts = dense_decode_num_sm_parts(num_q_tokens_per_head_k, num_heads_k, seqlens.device);
+  CUstream_st* const stream = torch::current_stream(seqlens.device);
+  torch::NewTensor metadata;
+  torch::NewTensor splits;
+  {
+    const nb::gil_scoped_release no_gil;
+    metadata = torch::NewTensor(DType::kInt32, seqlens.device, {num_parts, kTileSchedulerMetadataSize});
+    splits = torch::NewTensor(DType::kInt32, seqlens.device, {seqlens.shape[0] + 1});
+    if (metadata && splits) plan_dense_decode(seqlens, metadata.view(), splits.view(), stream);
+  }
+  if (!metadata || !splits) return nb::none();
+  return nb::make_tuple(metadata.to_python(), splits.to_python());
+}
+
 }  // namespace
 
 void register_plan(nb::module_& m) {
@@ -28,6 +48,9 @@ void register_plan(nb::module_& m) {
         "num_heads_k"_a, "The first extent of tile_scheduler_metadata on the device of cache_seqlens.");
   m.def("plan_dense_decode", plan, "cache_seqlens"_a.none(), "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(),
         "stream"_a = nb::none(), "Writes the plan of a step for cache_seqlens into the two other arrays.");
+  m.def("torch_plan_dense_decode", torch_plan, "cache_seqlens"_a.none(), "num_q_tokens_per_head_k"_a, "num_heads_k"_a,
+        "(tile_scheduler_metadata, num_splits) for a tensor of PyTorch. None where plan_dense_decode is to be called "
+        "instead.");
 }
 
 }  // namespace flash_mla::bindings

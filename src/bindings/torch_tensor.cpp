@@ -1,0 +1,147 @@
+#include "bindings/torch_tensor.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "bindings/dlpack.h"
+
+namespace flash_mla::bindings::torch {
+namespace {
+
+/// at::Tensor*, as PyTorch's C functions hand it out.
+using Handle = void*;
+
+// torch/csrc/inductor/aoti_torch/c/shim.h, whose ABI PyTorch keeps; they return 0, or another number on failure.
+using EmptyStrided = std::int32_t (*)(std::int64_t rank, const std::int64_t* shape, const std::int64_t* strides,
+                                      std::int32_t dtype, std::int32_t device_type, std::int32_t device_index,
+                                      Handle* result);
+using GetDataPtr = std::int32_t (*)(Handle tensor, void** data);
+using DeleteTensor = std::int32_t (*)(Handle tensor);
+
+/// PyObject* THPVariable_Wrap(const at::TensorBase&), by which every extension of PyTorch makes its results. The types
+/// are part of the symbol's name: should they change, it isn't found.
+using Wrap = PyObject* (*)(Handle tensor);
+constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapRKN2at10TensorBaseE";
+
+struct Library {
+  PyObject* tensor_type = nullptr;  // torch.Tensor, which lives as long as the process
+  const dlpack::ExchangeApi* exchange_api = nullptr;
+  EmptyStrided empty_strided = nullptr;
+  GetDataPtr get_data_ptr = nullptr;
+  DeleteTensor delete_tensor = nullptr;
+  Wrap wrap = nullptr;
+
+  bool is_complete() const {
+    return exchange_api != nullptr && empty_strided != nullptr && get_data_ptr != nullptr && delete_tensor != nullptr &&
+           wrap != nullptr;
+  }
+};
+
+Library library;  // only ever complete, or empty
+
+/// Finds a function of a shared library that the process has loaded already.
+template <class Function>
+void find_function(const char* file, const char* symbol, Function& function) {
+  void* const handle = dlopen(file, RTLD_LAZY | RTLD_NOLOAD);
+  if (handle == nullptr) return;
+  function = reinterpret_cast<Function>(dlsym(handle, symbol));
+  dlclose(handle);
+}
+
+/// c10::ScalarType, -1 for those that nobody asks for.
+std::int32_t scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kUInt8:
+      return 0;
+    case DType::kInt32:
+      return 3;
+    case DType::kFloat16:
+      return 5;
+    case DType::kFloat32:
+      return 6;
+    case DType::kBFloat16:
+      return 15;
+    default:
+      return -1;
+  }
+}
+
+/// c10::DeviceType
+std::int32_t device_type(Device device) { return device.type == DeviceType::kCpu ? 0 : 1; }
+
+}  // namespace
+
+void find(nb::handle type) {
+  Library found;
+  found.tensor_type = type.ptr();
+  found.exchange_api = find_exchange_api(type);
+  find_function("libtorch_cpu.so", "aoti_torch_empty_strided", found.empty_strided);
+  find_function("libtorch_cpu.so", "aoti_torch_get_data_ptr", found.get_data_ptr);
+  find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
+  find_function("libtorch_python.so", kWrapSymbol, found.wrap);
+  if (found.is_complete()) library = found;
+}
+
+bool is_tensor(nb::handle array) {
+  if (library.exchange_api == nullptr) return false;
+  const nb::handle type = array.type();
+  return type.ptr() == library.tensor_type || find_exchange_api(type) == library.exchange_api;
+}
+
+Tensor view(const char* name, nb::handle tensor) {
+  dlpack::dltensor view;
+  if (library.exchange_api->view(tensor.ptr(), &view) != 0) throw nb::python_error();
+  return to_tensor(name, view);
+}
+
+CUstream_st* current_stream(Device device) {
+  if (device.type == DeviceType::kCpu) return nullptr;
+  void* stream = nullptr;
+  if (library.exchange_api->current_stream(dlpack::kCuda, device.index, &stream) != 0) throw nb::python_error();
+  return static_cast<CUstream_st*>(stream);
+}
+
+NewTensor::NewTensor(DType dtype, Device device, std::initializer_list<std::int64_t> shape) {
+  view_.dtype = dtype;
+  view_.device = device;
+  view_.rank = static_cast<int>(shape.size());
+  std::int64_t stride = 1;
+  for (int i = view_.rank - 1; i >= 0; --i) {
+    view_.shape[i] = shape.begin()[i];
+    view_.strides[i] = stride;
+    stride *= std::max<std::int64_t>(view_.shape[i], 1);
+  }
+  Handle handle = nullptr;
+  if (library.empty_strided(view_.rank, view_.shape.data(), view_.strides.data(), scalar_type(dtype),
+                            device_type(device), device.index, &handle) != 0) {
+    return;
+  }
+  if (library.get_data_ptr(handle, &view_.data) != 0) {
+    library.delete_tensor(handle);
+    return;
+  }
+  handle_ = handle;
+}
+
+NewTensor::~NewTensor() {
+  if (handle_ != nullptr) library.delete_tensor(handle_);
+}
+
+NewTensor::NewTensor(NewTensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)), view_(other.view_) {}
+
+NewTensor& NewTensor::operator=(NewTensor&& other) noexcept {
+  std::swap(handle_, other.handle_);
+  std::swap(view_, other.view_);
+  return *this;
+}
+
+nb::object NewTensor::to_python() const {
+  PyObject* const object = library.wrap(handle_);
+  if (object == nullptr) throw nb::python_error();
+  return nb::steal(object);
+}
+
+}  // namespace flash_mla::bindings::torch

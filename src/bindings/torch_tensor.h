@@ -1,0 +1,56 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "flash_mla/tensor.h"
+
+/// The short way for PyTorch's tensors: read through the exchange table of their type, and made by the C functions that
+/// PyTorch has for compiled models. These are looked up in the process, so nothing is linked and no build of PyTorch
+/// must match.
+///
+/// New tensors don't come through DLPack, which would be as fast: PyTorch takes memory that it imports for somebody
+/// else's, and of such a tensor record_stream() does nothing and resize_() fails.
+namespace flash_mla::bindings::torch {
+
+/// Looks up what the other functions use. `type` is torch.Tensor.
+void find(nanobind::handle type);
+
+/// Whether it is a tensor, of a subclass perhaps. False for everything before find(), and where this PyTorch lacks the
+/// table (before 2.11) or one of the functions.
+bool is_tensor(nanobind::handle array);
+
+/// The view of a tensor. The GIL is held.
+/// @throws InvalidArgument naming the argument
+Tensor view(const char* name, nanobind::handle tensor);
+
+/// PyTorch's current stream on a device, null on the CPU. The GIL is held.
+CUstream_st* current_stream(Device device);
+
+/// A new tensor of PyTorch's that has no Python object yet.
+class NewTensor {
+ public:
+  NewTensor() = default;
+
+  /// Row-major, contents arbitrary, of bfloat16, float16, float32, int32 or uint8. False where PyTorch failed: asked in
+  /// Python for the same, it says why. Needs no GIL.
+  NewTensor(DType dtype, Device device, std::initializer_list<std::int64_t> shape);
+
+  ~NewTensor();
+  NewTensor(NewTensor&& other) noexcept;
+  NewTensor& operator=(NewTensor&& other) noexcept;
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  const Tensor& view() const { return view_; }
+
+  /// The torch.Tensor. The GIL is held.
+  nanobind::object to_python() const;
+
+ private:
+  void* handle_ = nullptr;
+  Tensor view_;
+};
+
+}  // namespace flash_mla::bindings::torch

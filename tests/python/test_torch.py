@@ -1,0 +1,184 @@
+"""The short way that PyTorch's tensors take through the compiled module, and the long one beside it."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import pytest
+from cases import Case, Spec, make_case
+from checks import decode, plan, same_bits
+from flash_mla import _C, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import decode as decode_module
+
+torch_module = pytest.importorskip("torch")
+is_short = hasattr(torch_module.Tensor, "__dlpack_c_exchange_api__")
+needs_short_way = pytest.mark.skipif(not is_short, reason="needs PyTorch with DLPack's exchange table (2.11)")
+
+SPEC = Spec(lengths=(0, 70, 129), seqlen_q=2, num_heads_q=6, num_heads_k=3, causal=True, dtype="float16")
+
+
+@pytest.fixture
+def case() -> Case:
+    """A case as PyTorch tensors on the CPU."""
+    host = make_case(SPEC)
+    arrays = (torch_module.from_numpy(x) for x in (host.q, host.k_cache, host.block_table, host.cache_seqlens))
+    case = Case(SPEC, *arrays)
+    decode(case)  # the first tensor to come in makes the module look PyTorch up
+    return case
+
+
+def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch_dense_decode", "torch_plan_dense_decode"):
+        monkeypatch.setattr(_C, name, lambda *_: None)
+
+
+def ways_to_call(case: Case) -> list[tuple[Any, Any]]:
+    """The results with each form of the metadata, and into the caller's arrays."""
+    given = plan(case)
+    meta, nothing = get_mla_metadata()
+    metas = [decode(case, tile_scheduler_metadata=meta, num_splits=nothing) for _ in range(2)]
+    out, lse = (x.new_full(x.shape, float("nan")) for x in metas[0])
+    both = [decode(case, out=out), decode(case, lse=lse), decode(case, **given, out=out.clone(), lse=lse.clone())]
+    assert both[0][0] is out
+    assert both[1][1] is lse
+    return [decode(case), decode(case, **given), *metas, *both]
+
+
+def test_both_ways_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ways_to_call(case)
+    long_way(monkeypatch)
+    for pair in zip(short, ways_to_call(case), strict=True):
+        for a, b in zip(*pair, strict=True):
+            assert same_bits(a, b)
+            assert (a.dtype, a.device, a.stride()) == (b.dtype, b.device, b.stride())
+
+
+@needs_short_way
+def test_takes_the_short_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, _ = get_mla_metadata()
+    decode(case, tile_scheduler_metadata=meta)
+    monkeypatch.setattr(decode_module, "_decode", lambda *_: pytest.fail("the long way was taken"))
+    decode(case)
+    decode(case, **plan(case))
+    decode(case, tile_scheduler_metadata=meta)
+    decode(Case(SPEC, torch_module.nn.Parameter(case.q), case.k_cache, case.block_table, case.cache_seqlens))
+
+
+def test_results_are_ordinary_tensors(case: Case) -> None:
+    parameter = torch_module.nn.Parameter(case.q)
+    for q in (case.q, parameter):
+        results = decode(Case(SPEC, q, case.k_cache, case.block_table, case.cache_seqlens))
+        for result in (*results, *plan(case).values()):
+            assert type(result) is torch_module.Tensor
+            assert result.device == case.q.device
+            assert result.is_contiguous()
+            assert result.is_leaf
+            assert not result.requires_grad
+            assert not result.is_inference()
+            assert result._base is None
+            assert result.storage_offset() == 0
+            assert result.untyped_storage().nbytes() == result.numel() * result.element_size()
+            assert result.untyped_storage().resizable()
+    out, lse = decode(case)
+    out.requires_grad_()
+    (out.sum() * lse[lse.isfinite()].sum()).backward()
+    assert out.grad is not None
+
+
+def test_results_under_inference_mode(case: Case) -> None:
+    with torch_module.inference_mode():
+        assert all(result.is_inference() for result in decode(case))
+
+
+def test_results_are_freed(case: Case) -> None:
+    empty = Spec(lengths=(0,) * 8, seqlen_q=2, num_heads_q=128, dtype="float16")
+    host = make_case(empty)
+    arrays = [torch_module.from_numpy(x) for x in (host.q, host.k_cache, host.block_table, host.cache_seqlens)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(200):
+        flash_mla_with_kvcache(*arrays, 512)  # 2 MB of results
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+def test_results_too_large(case: Case) -> None:
+    """The error is PyTorch's own."""
+    q = case.q[:1, :1, :1].expand(1 << 30, 1 << 11, 1 << 12, 576)
+    others = case.block_table[:1, :1].expand(1 << 30, 1), case.cache_seqlens[:1].expand(1 << 30)
+    with pytest.raises(RuntimeError, match=r"[Ss]torage|memory|numel"):
+        flash_mla_with_kvcache(q, case.k_cache, *others, 512)
+
+
+def test_sched_meta_of_another_step(case: Case) -> None:
+    meta, _ = get_mla_metadata()
+    decode(case, tile_scheduler_metadata=meta)
+    fewer = Case(SPEC, case.q[:, :1], case.k_cache, case.block_table, case.cache_seqlens)
+    with pytest.raises(ValueError, match=r"^tile_scheduler_metadata: .*\(3, 2, 6, 3\), got \(3, 1, 6, 3\)"):
+        decode(fewer, tile_scheduler_metadata=meta)
+    with pytest.raises(ValueError, match=r"^num_splits: expected None"):
+        decode(case, tile_scheduler_metadata=meta, num_splits=meta.num_splits)
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["short way", "long way"])
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("q", lambda x: x[0], ValueError, "shape"),
+        ("q", lambda x: x.float(), TypeError, "dtype"),
+        ("q", lambda x: x.numpy(), TypeError, "NumPy"),
+        ("q", lambda x: x.tolist(), TypeError, "list"),
+        ("k_cache", lambda x: x[0], ValueError, "shape"),
+        ("k_cache", lambda x: x.bfloat16(), TypeError, "dtype"),
+        ("k_cache", lambda x: x.numpy(), TypeError, "NumPy"),
+        ("block_table", lambda x: x.long(), TypeError, "dtype"),
+        ("block_table", lambda x: None, TypeError, "NoneType"),
+        ("cache_seqlens", lambda x: x[1:], ValueError, "shape"),
+    ],
+)
+def test_errors_name_the_argument(
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: Any,
+    error: type[Exception],
+    message: str,
+    short: bool,
+) -> None:
+    if not short:
+        long_way(monkeypatch)
+    arguments = case.arguments()
+    # Of arrays of two libraries, the one that isn't as q is named.
+    named = "k_cache" if name == "q" and message == "NumPy" else name
+    text = "PyTorch" if named != name else message
+    with pytest.raises(error, match=rf"^{named}: .*{text}"):
+        flash_mla_with_kvcache(**arguments | {name: change(arguments[name])})
+
+
+@pytest.mark.gpu
+def test_results_are_known_to_the_allocator(torch: Any) -> None:
+    """A call leaves its two results behind and nothing else; record_stream keeps their memory from being reused."""
+    case = make_case(Spec((300, 5), num_heads_q=16), "cuda")
+    decode(case)
+    before = torch.cuda.memory_allocated()
+    out, lse = decode(case)
+    rounded = sum(-(-x.numel() * x.element_size() // 512) * 512 for x in (out, lse))
+    assert torch.cuda.memory_allocated() - before == rounded
+
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+    address, shape = out.data_ptr(), out.shape
+    out.record_stream(side)
+    del out
+    assert torch.empty(shape, dtype=torch.bfloat16, device="cuda").data_ptr() != address
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_memory_short_on_the_gpu(torch: Any) -> None:
+    """The error is PyTorch's own, which servers catch to shrink a batch."""
+    case = make_case(Spec((5,), num_heads_q=16), "cuda")
+    q = case.q[:, :1, :1].expand(1, 1 << 20, 1 << 10, 576)
+    with pytest.raises(torch.OutOfMemoryError):
+        flash_mla_with_kvcache(q, case.k_cache, case.block_table, case.cache_seqlens, 512)
