@@ -70,6 +70,8 @@ class NarrowConsumer {
       issue_qk();
       ptx::wgmma_wait<0>();
       release(0, 1);
+      // A warp may be ahead of the others by now, and they may still multiply with the block's P before.
+      ptx::named_barrier_sync(kWarpgroupReady + warpgroup_, Traits::kWarpgroupThreads);
       const int begin_token = (piece.begin_block + own) * Traits::kBlockN;
       if (begin_token + Traits::kBlockN > min_limit) mask(piece, tile, begin_token);
       soften();
