@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
-import report
 import torch
 from flash_mla import _C, __version__, flash_mla_with_kvcache, get_mla_metadata
-from pool import Pool
-from shapes import HEAD_DIM_V, Shape
+from flash_mla.benchmark import machine, report
+from flash_mla.benchmark.pool import Pool
+from flash_mla.benchmark.shapes import HEAD_DIM_V, Shape
 
+HERE = Path(__file__).parent
 TINY = Shape("tiny", 1, 16, 1, 64, "us")
 CALLS = 100
 REPEATS = 100
@@ -43,7 +43,7 @@ def main() -> None:
     result = {
         "kind": "host_overhead",
         "date": report.now(),
-        "commit": machine.commit(options.commit),
+        "commit": machine.commit(options.commit, HERE),
         "version": __version__,
         "machine": machine.describe(),
         "calls": times,
@@ -53,7 +53,7 @@ def main() -> None:
         rows = [[name, *(f"{t[key]:.2f}" for key in ("median_us", "fastest_us"))] for name, t in group.items()]
         report.print_table([heading, "median us", "fastest us"], rows)
         print()
-    print(f"written to {report.write(result, options.json, '-host')}")
+    print(f"written to {report.write(result, options.json, '-host', HERE / 'results')}")
 
 
 def calls() -> dict[str, Callable[[], Any]]:

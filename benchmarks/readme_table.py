@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import report
+from flash_mla.benchmark import report
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
 
@@ -21,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README is not up to date")
     parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
     decode = report.newest("decode", options.results)

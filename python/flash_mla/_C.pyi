@@ -70,6 +70,19 @@ def dense_decode(
     others the stream and the workspace come from their library.
     """
 
+def launch_hbm_read(buffer: object, stream: int | None = None) -> int:
+    """Reads a float16 or bfloat16 array of one dimension once, by bulk copies into shared memory; bytes read.
+
+    For benchmarks: what HBM gives, where the array is much larger than L2.
+    """
+
+def launch_mma_mix(operands: object, sink: object, iterations: int, stream: int | None = None) -> float:
+    """Runs the MMAs of decoding without its loads; floating-point operations done.
+
+    For benchmarks: what the tensor cores give. ``operands``: at least 110592 bfloat16 values, random ones; ``sink``: a
+    float32 for each SM, written.
+    """
+
 def torch_dense_decode(
     q: object,
     k_cache: object,

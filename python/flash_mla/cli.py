@@ -1,4 +1,6 @@
-"""The command ``flash-mla``: ``demo`` decodes and checks a few batches, ``info`` says what is installed."""
+"""The command ``flash-mla``: ``demo`` decodes and checks a few batches, ``info`` says what is installed, ``bench``
+measures.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from . import __version__, cuda
+from .benchmark import command as command_line
 
 _ARRAY_LIBRARIES = ("torch", "cupy", "jax", "numpy", "ml_dtypes")
 
@@ -27,16 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser = commands.add_parser(name, help=text, description=text)
         subparser.add_argument("--json", action="store_true", help="print JSON")
         subparser.set_defaults(command=command)
+    bench = commands.add_parser(
+        "bench",
+        help="measure decoding, beside the GPU's ceilings and other implementations; exit code 1 if a case failed",
+        description=command_line.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command_line.add_arguments(bench)
+    bench.set_defaults(command=command_line.run)
     options = parser.parse_args(arguments)
-    exit_code: int = options.command(options.json)
+    exit_code: int = options.command(options)
     return exit_code
 
 
-def _demo(as_json: bool) -> int:
+def _demo(options: argparse.Namespace) -> int:
     from .demo import run
 
     report = run()
-    if as_json:
+    if options.json:
         _print_json(report.as_dict())
     else:
         _print_demo(report)
@@ -71,7 +82,7 @@ def _print_demo(report: Any) -> None:
     console.print(f"{num_passed} of {len(report.results)} cases agree with the float64 oracle.", highlight=False)
 
 
-def _info(as_json: bool) -> int:
+def _info(options: argparse.Namespace) -> int:
     gpus = cuda.gpus()
     driver = cuda.driver_version()
     information = {
@@ -82,7 +93,7 @@ def _info(as_json: bool) -> int:
         "default_path": "hopper" if any(gpu.is_hopper for gpu in gpus) else "cpu",
         "libraries": {name: _version_of(name) for name in _ARRAY_LIBRARIES},
     }
-    if as_json:
+    if options.json:
         _print_json(information)
     else:
         _print_info(information)

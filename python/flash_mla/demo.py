@@ -23,10 +23,6 @@ _NUM_TIMED_CALLS = 5
 # Standard deviations of the random values: logits of about 0.25, and V small beside the absolute bound.
 _Q_STD, _KV_STD = 5.0, 0.05
 
-# An element is right if it is within one of the two bounds.
-_OUT_ABSOLUTE, _OUT_RELATIVE, _OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
-_LSE_ABSOLUTE, _LSE_RELATIVE = 1e-6, 8.01 / 65536
-
 
 _Arrays: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[np.int32], NDArray[np.int32]]
 
@@ -171,9 +167,9 @@ def _run_case(case: Case, backend: Backend, random: np.random.Generator) -> Resu
         error_lse=float(_absolute_error(lse, expected_lse).max()),
         cosine_difference=difference,
         milliseconds=milliseconds,
-        passed=difference < _OUT_COSINE
-        and _is_close(out, expected_out, _OUT_ABSOLUTE, _OUT_RELATIVE)
-        and _is_close(lse, expected_lse, _LSE_ABSOLUTE, _LSE_RELATIVE),
+        passed=difference < reference.OUT_COSINE
+        and _is_close(out, expected_out, reference.OUT_ABSOLUTE, reference.OUT_RELATIVE)
+        and _is_close(lse, expected_lse, reference.LSE_ABSOLUTE, reference.LSE_RELATIVE),
     )
 
 

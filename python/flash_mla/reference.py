@@ -9,6 +9,11 @@ from numpy.typing import NDArray
 
 _HEAD_DIM_V = 512
 
+# How far a result may be off. An element is right if it is within one of the two bounds; OUT_COSINE is of the cosine
+# difference of the whole.
+OUT_ABSOLUTE, OUT_RELATIVE, OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
+LSE_ABSOLUTE, LSE_RELATIVE = 1e-6, 8.01 / 65536
+
 
 def dense_decode(
     q: NDArray[Any],

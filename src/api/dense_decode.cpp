@@ -13,7 +13,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla/plan.h"
 #include "scheduler/plan.h"
-#include "sm90/dense_decode/launch.h"
+#include "sm90/launch.h"
 
 namespace flash_mla {
 namespace {
@@ -89,8 +89,7 @@ CUtensorMap make_q_map(const Tensor& q, const sm90::QueryTiling& tiling) {
                                 {kChunkColumns, tiling.heads_per_tile, tiling.queries_per_tile, 1}});
 }
 
-CUtensorMap make_k_cache_map(const Tensor& k, const void* any_address) {
-  const int box_tokens = static_cast<int>(std::min<std::int64_t>(k.shape[1], scheduler::kBlockN));
+CUtensorMap make_k_cache_map(const Tensor& k, int box_tokens, const void* any_address) {
   // A cache without pages is never read, but the map wants an address and an extent.
   void* data = k.shape[0] > 0 ? k.data : const_cast<void*>(any_address);
   return cuda::make_tensor_map({data,
@@ -114,8 +113,9 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.num_heads_k = static_cast<int>(shape.num_heads_k);
   params.tiling = make_tiling(shape);
   params.q_map = make_q_map(args.q, params.tiling);
-  params.k_cache_map = make_k_cache_map(args.k_cache, args.q.data);
   params.page_size_log2 = log2_of(shape.page_size);
+  params.box_tokens = static_cast<int>(std::min<std::int64_t>(shape.page_size, scheduler::kBlockN));
+  params.k_cache_map = make_k_cache_map(args.k_cache, params.box_tokens, args.q.data);
   params.max_seqlen_k = shape.num_pages > 0 ? static_cast<int>(shape.max_pages * shape.page_size) : 0;
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];
@@ -167,11 +167,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
     scheduler::plan_on_device({params.cache_seqlens, params.batch_size, parts, planned, nullptr}, stream);
     params.parts = planned;
   }
-  if (args.q.dtype == DType::kBFloat16) {
-    sm90::launch_dense_decode_bf16(params, stream);
-  } else {
-    sm90::launch_dense_decode_fp16(params, stream);
-  }
+  sm90::launch_dense_decode(params, args.q.dtype, stream);
 }
 
 }  // namespace

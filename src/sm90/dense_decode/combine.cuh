@@ -7,6 +7,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
+#include "sm90/primitives/softmax.cuh"
 #include "sm90/ptx/math.cuh"
 #include "sm90/ptx/memory.cuh"
 
@@ -48,20 +49,48 @@ struct SplitRequest {
   __device__ int slot(int piece) const { return 2 * (first_part + piece) + (piece == 0 ? 1 : 0); }
 };
 
-/// Writes one slice of a split request's rows: a unit is 128 columns of a row, a float4 for each lane of a warp.
+/// Writes one slice of a split request's rows. A unit is 128 columns of a row, a float4 for each lane of a warp; where
+/// there are fewer units than warps, several warps share the pieces of a unit.
 template <class Traits>
 class Combine {
   using Element = typename Traits::Element;
   static constexpr int kColumnsPerUnit = 128;
   static constexpr int kUnitsPerRow = kHeadDimV / kColumnsPerUnit;
   static constexpr int kWarps = Traits::kNumThreads / 32;
-  /// float4 loads that a warp has in flight.
-  static constexpr int kLoads = 16;
+  /// Pieces that a warp has in flight.
+  static constexpr int kBatch = 16;
   static constexpr float kLn2 = 0.693147180559945309417F;
 
+  /// A weighted sum of pieces, and of their weights exp2(lse - max).
+  struct Sum {
+    float4 values{};
+    float max = kNoMax;
+    float weight = 0.0F;
+
+    __device__ void add(float factor, const float4& other) {
+      values.x = fmaf(factor, other.x, values.x);
+      values.y = fmaf(factor, other.y, values.y);
+      values.z = fmaf(factor, other.z, values.z);
+      values.w = fmaf(factor, other.w, values.w);
+    }
+    __device__ void raise_max(float new_max) {
+      const float factor = ptx::exp2_approx(max - new_max);
+      values = {values.x * factor, values.y * factor, values.z * factor, values.w * factor};
+      weight *= factor;
+      max = new_max;
+    }
+  };
+
  public:
-  __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int tile_idx, int head_k)
-      : params_(params), tile_(tile), head_k_(head_k), flags_(params, tile_idx, head_k) {}
+  /// What the CTA has in shared memory: a Sum for each lane of each warp.
+  static constexpr int kSharedBytes = Traits::kNumThreads * sizeof(Sum);
+
+  __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int tile_idx, int head_k, void* shared)
+      : params_(params),
+        tile_(tile),
+        head_k_(head_k),
+        flags_(params, tile_idx, head_k),
+        shared_(static_cast<Sum*>(shared)) {}
 
   /// The slices of this part: of the request that it continues, and of the one that it begins and does not end.
   __device__ void run(int part_idx) const {
@@ -82,11 +111,70 @@ class Combine {
     const int num_units = params_.tiling.rows_per_tile() * kUnitsPerRow;
     const int begin = num_units * slice / split.num_pieces;
     const int end = num_units * (slice + 1) / split.num_pieces;
-    if (split.num_pieces <= 2) {
-      merge<2>(split, begin, end);
-    } else {
-      merge<kLoads>(split, begin, end);
+    if (split.num_pieces <= 2) return merge_few<2>(split, begin, end);
+    if (split.num_pieces <= 4) return merge_few<4>(split, begin, end);
+#pragma unroll 1
+    for (int first = begin; first < end; first += kWarps) merge_units(split, first, min(end - first, kWarps));
+  }
+
+  /// Units of up to kPieces pieces: kBatch / kPieces units of a warp are in flight.
+  template <int kPieces>
+  __device__ void merge_few(const SplitRequest& split, int begin, int end) const {
+    constexpr int kUnits = kBatch / kPieces;
+#pragma unroll 1
+    for (int first = begin + static_cast<int>(threadIdx.x) / 32 * kUnits; first < end; first += kWarps * kUnits) {
+      float4 values[kUnits][kPieces];
+      float lse[kUnits][kPieces];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = min(first + u, end - 1);
+        const std::int64_t row = accum_row(unit);
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const std::int64_t at = split.slot(min(i, split.num_pieces - 1)) * num_rows() + row;
+          values[u][i] = __ldcg(reinterpret_cast<const float4*>(params_.out_accum + at * kHeadDimV + column(unit)));
+          lse[u][i] = i < split.num_pieces ? __ldcg(params_.lse_accum + at) : -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        Sum sum;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) sum.max = fmaxf(sum.max, lse[u][i]);
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const float weight = ptx::exp2_approx(lse[u][i] - sum.max);
+          sum.weight += weight;
+          if (weight != 0.0F) sum.add(weight, values[u][i]);
+        }
+        if (first + u < end) write(split.request, first + u, sum);
+      }
     }
+  }
+
+  /// `count` units, kWarps at most. The warps that share a unit meet in shared memory.
+  __device__ void merge_units(const SplitRequest& split, int first, int count) const {
+    const int warp = threadIdx.x / 32;
+    const int num_groups = kWarps / count;
+    const int group = warp / count;
+    const int unit = first + warp % count;
+    Sum sum;
+    if (group < num_groups) {
+      sum = add_pieces(split, unit, split.num_pieces * group / num_groups, split.num_pieces * (group + 1) / num_groups);
+    }
+    if (num_groups > 1) {
+      shared_[threadIdx.x] = sum;
+      __syncthreads();
+      for (int i = 1; i < num_groups && group == 0; ++i) {
+        const Sum& other = shared_[threadIdx.x + i * count * 32];
+        sum.raise_max(fmaxf(sum.max, other.max));
+        const float factor = ptx::exp2_approx(other.max - sum.max);
+        sum.add(factor, other.values);
+        sum.weight += factor * other.weight;
+      }
+      __syncthreads();
+    }
+    if (group == 0) write(split.request, unit, sum);
   }
 
   /// False where the plan contradicts itself, so that not all pieces will come.
@@ -113,90 +201,47 @@ class Combine {
     return true;
   }
 
-  /// kLoads / kPieces units at a time, kPieces pieces of each at a time. Lane i looks after the weight of piece
-  /// i % kPieces of unit i / kPieces.
-  template <int kPieces>
-  __device__ void merge(const SplitRequest& split, int begin, int end) const {
-    constexpr int kUnits = kLoads / kPieces;
+  /// Pieces `begin` to `end` of a unit. Lane i looks after the weight of piece i of a batch.
+  __device__ __forceinline__ Sum add_pieces(const SplitRequest& split, int unit, int begin, int end) const {
     const int lane = threadIdx.x % 32;
+    const std::int64_t row = accum_row(unit);
+    const float4* values =
+        reinterpret_cast<const float4*>(params_.out_accum) + row * (kHeadDimV / 4) + column(unit) / 4;
+    Sum sum;
 #pragma unroll 1
-    for (int first = begin + threadIdx.x / 32 * kUnits; first < end; first += kWarps * kUnits) {
-      const int my_unit = min(first + lane % kLoads / kPieces, end - 1);
-      const int my_row = accum_row(my_unit);
-      const float lse = merge_lse<kPieces>(split, my_row);
-      float4 sum[kUnits] = {};
-#pragma unroll 1
-      for (int base = 0; base < split.num_pieces; base += kPieces) {
-        const float score = piece_lse(split, base + lane % kPieces, my_row);
-        const float weight = score == -INFINITY ? 0.0F : ptx::exp2_approx(score - lse);
-        add_pieces<kPieces>(split, base, my_row * kUnitsPerRow + my_unit % kUnitsPerRow, weight, sum);
+    for (int base = begin; base < end; base += kBatch) {
+      float4 batch[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        batch[i] = __ldcg(values + split.slot(min(base + i, end - 1)) * num_rows() * (kHeadDimV / 4));
       }
+      const bool has_piece = lane < kBatch && base + lane < end;
+      const float lse = has_piece ? __ldcg(params_.lse_accum + split.slot(base + lane) * num_rows() + row) : -INFINITY;
+      sum.raise_max(fmaxf(sum.max, warp_reduce_max(lse)));
+      const float weight = ptx::exp2_approx(lse - sum.max);
+      sum.weight += warp_reduce_sum(weight);
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        const float unit_lse = __shfl_sync(~0U, lse, k * kPieces);
-        if (first + k < end) write(split.request, first + k, sum[k], unit_lse);
+      for (int i = 0; i < kBatch; ++i) {
+        const float w = __shfl_sync(~0U, weight, i);
+        if (w != 0.0F) sum.add(w, batch[i]);  // 0: past the last piece, or one that saw no key and wrote no values
       }
     }
+    return sum;
   }
 
-  /// `my_accum_unit`: where the unit that the lane looks after lies in a slot of out_accum, in units.
-  template <int kPieces>
-  __device__ __forceinline__ void add_pieces(const SplitRequest& split, int base, int my_accum_unit, float weight,
-                                             float4 (&sum)[kLoads / kPieces]) const {
-    float4 values[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int slot = split.slot(min(base + i % kPieces, split.num_pieces - 1));
-      const int accum_unit = __shfl_sync(~0U, my_accum_unit, i);
-      const std::int64_t unit = static_cast<std::int64_t>(slot) * num_rows() * kUnitsPerRow + accum_unit;
-      values[i] = __ldcg(reinterpret_cast<const float4*>(params_.out_accum) + unit * 32 + threadIdx.x % 32);
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float w = __shfl_sync(~0U, weight, i);
-      if (w == 0.0F) continue;  // past the last piece, or one that saw no key and wrote no values
-      float4& total = sum[i / kPieces];
-      total.x += w * values[i].x;
-      total.y += w * values[i].y;
-      total.z += w * values[i].z;
-      total.w += w * values[i].w;
-    }
-  }
-
-  /// Base-2 log of the sum over all pieces, for the kPieces lanes that look after a unit; -inf where none saw a key.
-  template <int kPieces>
-  __device__ __forceinline__ float merge_lse(const SplitRequest& split, int row) const {
-    const int first = threadIdx.x % kPieces;
-    float max = -INFINITY;
-#pragma unroll 4
-    for (int i = first; i < split.num_pieces; i += kPieces) max = fmaxf(max, piece_lse(split, i, row));
-#pragma unroll
-    for (int delta = 1; delta < kPieces; delta *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, delta));
-    float sum = 0.0F;
-    for (int i = first; i < split.num_pieces && max > -INFINITY; i += kPieces) {
-      sum += exp2f(piece_lse(split, i, row) - max);
-    }
-#pragma unroll
-    for (int delta = 1; delta < kPieces; delta *= 2) sum += __shfl_xor_sync(~0U, sum, delta);
-    return max == -INFINITY ? max : max + log2f(sum);
-  }
-
-  __device__ float piece_lse(const SplitRequest& split, int piece, int row) const {
-    return piece < split.num_pieces
-               ? __ldcg(params_.lse_accum + static_cast<std::int64_t>(split.slot(piece)) * num_rows() + row)
-               : -INFINITY;
-  }
-
-  __device__ void write(int request, int unit, const float4& value, float lse) const {
+  __device__ void write(int request, int unit, const Sum& sum) const {
     const RowCoordinate at = coordinate(unit);
     if (!at.is_valid) return;
+    const float inverse = inverse_sum(sum.weight);
     Element* row = static_cast<Element*>(params_.out) + request * params_.stride_out_batch +
                    at.query * params_.stride_out_query + at.head * params_.stride_out_head;
     *reinterpret_cast<uint2*>(row + column(unit)) =
-        make_uint2(pack<Element>(value.x, value.y), pack<Element>(value.z, value.w));
+        make_uint2(pack<Element>(sum.values.x * inverse, sum.values.y * inverse),
+                   pack<Element>(sum.values.z * inverse, sum.values.w * inverse));
     if (unit % kUnitsPerRow == 0 && threadIdx.x % 32 == 0) {
       params_.lse[request * params_.stride_lse_batch + at.head * params_.stride_lse_head +
-                  at.query * params_.stride_lse_query] = lse == -INFINITY ? INFINITY : lse * kLn2;
+                  at.query * params_.stride_lse_query] =
+          sum.weight == 0.0F ? INFINITY : (sum.max + log2f(sum.weight)) * kLn2;
     }
   }
 
@@ -204,7 +249,7 @@ class Combine {
   __device__ int column(int unit) const {
     return unit % kUnitsPerRow * kColumnsPerUnit + static_cast<int>(threadIdx.x % 32) * 4;
   }
-  __device__ int num_rows() const { return params_.seqlen_q * params_.num_heads_q; }
+  __device__ std::int64_t num_rows() const { return static_cast<std::int64_t>(params_.seqlen_q) * params_.num_heads_q; }
   /// Rows that are none are read as the first one, and not written.
   __device__ int accum_row(int unit) const {
     const RowCoordinate at = coordinate(unit);
@@ -216,6 +261,7 @@ class Combine {
   const QueryTile& tile_;
   const int head_k_;
   const TileFlags flags_;
+  Sum* const shared_;
 };
 
 }  // namespace flash_mla::sm90

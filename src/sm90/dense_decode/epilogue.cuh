@@ -31,30 +31,64 @@ struct RowCoordinate {
   }
 };
 
-/// Writes results: of whole pieces to out and lse, of others to their slot of the workspace.
+/// What the sums of P are divided out with. No key: 0; NaN stays.
+__device__ __forceinline__ float inverse_sum(float row_sum) {
+  return row_sum > 0.0F ? 1.0F / row_sum : row_sum == 0.0F ? 0.0F : row_sum;
+}
+
+/// Where a piece's results go: of whole pieces to out and lse, of others to their slot of the workspace.
+template <class Element>
+struct PieceOutput {
+  const DenseDecodeParams& params;
+  const Piece& piece;
+
+  __device__ Element* out_row(const RowCoordinate& at) const {
+    return static_cast<Element*>(params.out) + piece.request * params.stride_out_batch +
+           at.query * params.stride_out_query + at.head * params.stride_out_head;
+  }
+  __device__ float* accum_row(const RowCoordinate& at) const { return params.out_accum + slot_row(at) * kHeadDimV; }
+
+  __device__ void write_lse(const RowCoordinate& at, float row_max, float row_sum) const {
+    if (piece.is_whole) {
+      params.lse[piece.request * params.stride_lse_batch + at.head * params.stride_lse_head +
+                 at.query * params.stride_lse_query] =
+          row_sum == 0.0F ? INFINITY : row_max * params.softmax_scale + logf(row_sum);
+    } else {
+      params.lse_accum[slot_row(at)] =
+          row_sum == 0.0F ? -INFINITY : row_max * params.softmax_scale_log2 + log2f(row_sum);
+    }
+  }
+
+ private:
+  __device__ std::int64_t slot_row(const RowCoordinate& at) const {
+    return (static_cast<std::int64_t>(piece.slot) * params.seqlen_q + at.query) * params.num_heads_q + at.head;
+  }
+};
+
+/// Writes a consumer warpgroup's columns of O.
 template <class Traits>
 class Epilogue {
   using Element = typename Traits::Element;
 
  public:
   __device__ Epilogue(const DenseDecodeParams& params, const Piece& piece, int warpgroup)
-      : params_(params), piece_(piece), first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
+      : output_{params, piece}, first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
 
   /// One of the thread's rows: its values of O, its maximum, and the sum over all columns of both warpgroups.
   template <int kRow>
   __device__ __forceinline__ void write_row(const RowCoordinate& at, float (&o)[2][64], float row_max,
                                             float row_sum) const {
-    const float inverse = row_sum > 0.0F ? 1.0F / row_sum : row_sum == 0.0F ? 0.0F : row_sum;  // NaN stays
+    const float inverse = inverse_sum(row_sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int column = first_column_ + half * 128;
-      if (piece_.is_whole) {
+      if (output_.piece.is_whole) {
         write_out<kRow>(at, o[half], inverse, column);
       } else {
         write_accum<kRow>(at, o[half], inverse, column);
       }
     }
-    if (first_column_ == 0 && at.is_valid && threadIdx.x % 4 == 0) write_lse(at, row_max, row_sum);
+    if (first_column_ == 0 && at.is_valid && threadIdx.x % 4 == 0) output_.write_lse(at, row_max, row_sum);
   }
 
  private:
@@ -62,8 +96,7 @@ class Epilogue {
   template <int kRow>
   __device__ __forceinline__ void write_out(const RowCoordinate& at, const float (&o)[64], float inverse,
                                             int column) const {
-    Element* row = static_cast<Element*>(params_.out) + piece_.request * params_.stride_out_batch +
-                   at.query * params_.stride_out_query + at.head * params_.stride_out_head + column;
+    Element* row = output_.out_row(at) + column;
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
       std::uint32_t packed[4];
@@ -84,7 +117,7 @@ class Epilogue {
   __device__ __forceinline__ void write_accum(const RowCoordinate& at, const float (&o)[64], float inverse,
                                               int column) const {
     if (!at.is_valid) return;
-    float* row = params_.out_accum + accum_row(at) * kHeadDimV + column + threadIdx.x % 4 * 2;
+    float* row = output_.accum_row(at) + column + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       const int i = 4 * j + 2 * kRow;
@@ -92,23 +125,7 @@ class Epilogue {
     }
   }
 
-  __device__ void write_lse(const RowCoordinate& at, float row_max, float row_sum) const {
-    if (piece_.is_whole) {
-      params_.lse[piece_.request * params_.stride_lse_batch + at.head * params_.stride_lse_head +
-                  at.query * params_.stride_lse_query] =
-          row_sum == 0.0F ? INFINITY : row_max * params_.softmax_scale + logf(row_sum);
-    } else {
-      params_.lse_accum[accum_row(at)] =
-          row_sum == 0.0F ? -INFINITY : row_max * params_.softmax_scale_log2 + log2f(row_sum);
-    }
-  }
-
-  __device__ std::int64_t accum_row(const RowCoordinate& at) const {
-    return (static_cast<std::int64_t>(piece_.slot) * params_.seqlen_q + at.query) * params_.num_heads_q + at.head;
-  }
-
-  const DenseDecodeParams& params_;
-  const Piece& piece_;
+  const PieceOutput<Element> output_;
   const int first_column_;
 };
 

@@ -1,9 +1,12 @@
+#include "sm90/dense_decode/kernel.cuh"
 #include "sm90/dense_decode/launch.cuh"
+#include "sm90/launch.h"
 
 namespace flash_mla::sm90 {
 
 void launch_dense_decode_fp16(const DenseDecodeParams& params, cudaStream_t stream) {
-  launch_dense_decode<__half>(params, stream);
+  using Traits = DenseDecodeTraits<__half>;
+  launch_decode_kernel<dense_decode_kernel<Traits>, Traits, SharedStorage<Traits>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

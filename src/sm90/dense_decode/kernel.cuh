@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/mainloop.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/grid.cuh"
@@ -18,7 +19,7 @@ namespace flash_mla::sm90 {
 template <class Traits>
 __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Traits>& shared) {
   if (threadIdx.x == 0) {
-    constexpr int kWarps = Traits::kWarpgroupThreads / 32;
+    constexpr int kWarps = Traits::kWarpgroupWarps;
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
@@ -32,14 +33,7 @@ __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Trait
     }
     ptx::fence_mbarrier_init();
   }
-  // Rows that no query fills: zeros, which cost the tensor cores less power than what lay there.
-  const int first = params.tiling.rows_per_tile() * Traits::kRowBytes / 16;
-  constexpr int kVectors = Traits::kChunkBytes / 16;
-  for (int i = first + threadIdx.x; i < kVectors; i += Traits::kNumThreads) {
-    for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
-      ptx::store_shared_v4(ptx::shared_address(shared.q) + chunk * Traits::kChunkBytes + i * 16, 0, 0, 0, 0);
-    }
-  }
+  clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);
   ptx::fence_proxy_async();
 }
 
@@ -83,7 +77,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
   if (part_idx >= params.num_parts) {
     ptx::wait_for_previous_grids();
-    Combine<Traits>(params, tile, blockIdx.x, head_k).run(part_idx - params.num_parts);
+    Combine<Traits>(params, tile, blockIdx.x, head_k, shared_bytes).run(part_idx - params.num_parts);
     return;
   }
   init_shared(params, shared);

@@ -104,7 +104,7 @@ class Consumer {
     for (int j = 0; j < Traits::kNumChunks; ++j) {
       constexpr int kHalf = Traits::kNumVChunks / 2;
       const int second = j - 1 < kHalf ? j - 1 + kHalf : j - 1 - kHalf;
-      const int chunk = j == 0 ? Traits::kNumVChunks : warpgroup_ == 0 ? j - 1 : second;
+      const int chunk = j == 0 ? Traits::kRopeChunk : warpgroup_ == 0 ? j - 1 : second;
       ptx::mbarrier_wait(full + chunk * sizeof(std::uint64_t), kv_phase_);
 #pragma unroll
       for (int step = 0; step < Traits::kChunkBytes / Traits::kBlockN / kStepBytes; ++step) {
@@ -155,9 +155,7 @@ class Consumer {
       apply_mask(s_, {{limits_[0] - begin_token, limits_[1] - begin_token}});
       if (begin_token + Traits::kBlockN > piece_.seqlen_k) clear_dead_values(piece_.seqlen_k - begin_token);
     }
-    online_softmax(s_, row_max, row_sum, rescale_, softmax_scale_log2_);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) p_[i] = pack<Element>(s_[2 * i], s_[2 * i + 1]);
+    online_softmax<Element>(s_, p_, row_max, row_sum, rescale_, softmax_scale_log2_);
   }
 
   /// Zeroes V of the own block's tokens from `live` on: 0 * NaN must not reach O. Its QK is done.
@@ -259,7 +257,7 @@ class Consumer {
     if (lane() == 0) ptx::mbarrier_arrive(kv_empty_ + (buffer * Traits::kNumPairs + pair) * sizeof(std::uint64_t));
   }
 
-  static constexpr int kStepBytes = 16 * sizeof(Element);  // k of one wgmma
+  static constexpr int kStepBytes = Traits::kStepBytes;
   static constexpr int kExchangeStep = Traits::kWarpgroupThreads * sizeof(uint4);
 
   const float softmax_scale_log2_;

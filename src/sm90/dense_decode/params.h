@@ -15,7 +15,7 @@ constexpr int kFlagsPerPart = 3;
 /// What the kernel takes, by value. Strides in elements.
 struct DenseDecodeParams {
   CUtensorMap q_map;        // (576, num_heads_q, seqlen_q, batch), box (64, heads_per_tile, queries_per_tile, 1)
-  CUtensorMap k_cache_map;  // (576, page_size, num_heads_k, num_pages), box (64, min(page_size, 64), 1, 1)
+  CUtensorMap k_cache_map;  // (576, page_size, num_heads_k, num_pages), box (64, box_tokens, 1, 1)
 
   int batch_size;
   int seqlen_q;
@@ -24,6 +24,7 @@ struct DenseDecodeParams {
   QueryTiling tiling;
 
   int page_size_log2;
+  int box_tokens;    // a power of two, at most page_size and 64
   int max_seqlen_k;  // max_pages * page_size: lengths are cut there
   const int* block_table;
   std::int64_t stride_block_table;

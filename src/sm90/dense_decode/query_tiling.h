@@ -7,6 +7,9 @@ namespace flash_mla::sm90 {
 /// Query rows of a tile: M of the matrix multiplies.
 constexpr int kBlockM = 64;
 
+/// Query rows up to which tokens are M, and query rows N.
+constexpr int kMaxNarrowRows = 32;
+
 /// How the query rows that share a KV head (seqlen_q queries of group_size heads) are laid out in tiles of kBlockM
 /// rows. A tile's row is query * heads_per_tile + head. Up to 64 heads, a tile holds as many whole queries as fit;
 /// above, a query takes head_tiles tiles.

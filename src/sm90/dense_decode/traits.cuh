@@ -8,10 +8,11 @@
 
 namespace flash_mla::sm90 {
 
-/// Constants of the kernel. A tile (Q, or a block of 64 tokens) lies in shared memory as nine chunks of 64 rows and 64
-/// columns, each in the 128-byte swizzle; the last holds the RoPE columns.
+/// What all decode kernels share. A KV block of 64 tokens lies in shared memory as nine chunks of 64 rows and 64
+/// columns, each in the 128-byte swizzle; the last holds the RoPE columns. Q lies in chunks of as many rows as a tile
+/// has.
 template <class Element_>
-struct DenseDecodeTraits {
+struct TileTraits {
   using Element = Element_;
 
   static constexpr int kBlockN = scheduler::kBlockN;
@@ -20,23 +21,35 @@ struct DenseDecodeTraits {
   static constexpr int kChunkBytes = kBlockN * kRowBytes;
   static constexpr int kNumChunks = kHeadDimQk / kChunkColumns;
   static constexpr int kNumVChunks = kHeadDimV / kChunkColumns;
-  static constexpr int kTileBytes = kNumChunks * kChunkBytes;
-  static constexpr int kNumBuffers = 2;
-  /// Chunks of a KV buffer are freed and refilled in pairs 0 to 3 (V) and alone (RoPE).
-  static constexpr int kNumPairs = kNumVChunks / 2 + 1;
-  static constexpr int kRopePair = kNumPairs - 1;
+  static constexpr int kRopeChunk = kNumVChunks;
+  static constexpr int kStepBytes = 16 * sizeof(Element);  // k of one wgmma, along a row
 
   static constexpr int kWarpgroupThreads = 128;
+  static constexpr int kWarpgroupWarps = kWarpgroupThreads / 32;
   static constexpr int kNumConsumers = 2;
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
+};
+
+/// Constants of the kernel for tiles of 64 query rows.
+template <class Element>
+struct DenseDecodeTraits : TileTraits<Element> {
+  using Base = TileTraits<Element>;
+
+  static constexpr int kRows = kBlockM;
   static constexpr int kConsumerRegisters = 240;
   static constexpr int kProducerRegisters = 24;
 
-  /// Columns of O that one consumer warpgroup accumulates, in two halves.
-  static constexpr int kColumnsPerConsumer = kHeadDimV / kNumConsumers;
+  static constexpr int kTileBytes = Base::kNumChunks * Base::kChunkBytes;
+  static constexpr int kNumBuffers = 2;
+  /// Chunks of a KV buffer are freed and refilled in pairs 0 to 3 (V) and alone (RoPE).
+  static constexpr int kNumPairs = Base::kNumVChunks / 2 + 1;
+  static constexpr int kRopePair = kNumPairs - 1;
 
-  static_assert(kBlockM == kBlockN, "Q tiles and KV tiles have one layout");
+  /// Columns of O that one consumer warpgroup accumulates, in two halves.
+  static constexpr int kColumnsPerConsumer = kHeadDimV / Base::kNumConsumers;
+
+  static_assert(kRows == Base::kBlockN, "Q tiles and KV tiles have one layout");
 };
 
 /// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P

@@ -48,6 +48,30 @@ __device__ __forceinline__ float row_reduce_max(float value) {
   return fmaxf(value, __shfl_xor_sync(~0U, value, 2));
 }
 
+/// Sum and maximum over the warp.
+__device__ __forceinline__ float warp_reduce_sum(float value) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += __shfl_xor_sync(~0U, value, lanes);
+  return value;
+}
+__device__ __forceinline__ float warp_reduce_max(float value) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) value = fmaxf(value, __shfl_xor_sync(~0U, value, lanes));
+  return value;
+}
+
+/// Sum and maximum over the eight threads of a warp that share columns.
+__device__ __forceinline__ float column_reduce_sum(float value) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) value += __shfl_xor_sync(~0U, value, lanes);
+  return value;
+}
+__device__ __forceinline__ float column_reduce_max(float value) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) value = fmaxf(value, __shfl_xor_sync(~0U, value, lanes));
+  return value;
+}
+
 /// Transposes 4 x 4 registers over the four threads that share a row: thread q gives its columns of four groups of 8
 /// columns, and gets all 8 columns of group q, in order.
 __device__ __forceinline__ void transpose_quad(std::uint32_t (&v)[4]) {

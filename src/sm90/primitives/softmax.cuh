@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/math.cuh"
@@ -10,9 +11,10 @@ namespace flash_mla::sm90 {
 /// Running maximum before any key. Finite, so that no difference of two maxima is NaN; any real score is above it.
 constexpr float kNoMax = -1e30F;
 
-/// The running maximum is kept, and O need not be rescaled, until a score exceeds it by this factor (log2). Exact all
-/// the same: the final normalisation divides it out, and exp2 of it is far from overflow.
-constexpr float kLazyRescaleLog2 = 8.0F;
+/// The running maximum is kept, and O need not be rescaled, while a thread's sum of a row's P in a tile stays below
+/// this. Exact all the same: the final normalisation divides it out, and nothing is near overflow. The sums are needed
+/// anyway, so the usual step looks for no maximum and shuffles nothing.
+constexpr float kMaxLazySum = 256.0F;
 
 /// Columns that each of a thread's rows may see, from the tile's first on.
 struct VisibleColumns {
@@ -27,39 +29,48 @@ __device__ __forceinline__ void apply_mask(float (&s)[32], const VisibleColumns&
   }
 }
 
-/// One step of the online softmax over a 64 x 64 tile of raw scores. Turns `s` into P = exp2(scale_log2 * (s - max)),
-/// updates the row maxima and sums, and returns in `rescale` what earlier sums and outputs must be multiplied with
-/// (the sums have been).
-__device__ __forceinline__ void online_softmax(float (&s)[32], float (&row_max)[2], float (&row_sum)[2],
-                                               float (&rescale)[2], float scale_log2) {
+/// P = exp2(scale_log2 * (s - max)) of a 64 x 64 tile of raw scores, and the thread's sums of it.
+template <class Element>
+__device__ __forceinline__ void exponentiate(const float (&s)[32], const float (&row_max)[2], float scale_log2,
+                                             std::uint32_t (&p)[16], float (&sum)[2]) {
+  const float offset[2] = {row_max[0] * scale_log2, row_max[1] * scale_log2};
+  float partial[2][2] = {};
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    float partial[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      partial[j] = fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
-      partial[j] = fmaxf(partial[j], fmaxf(s[4 * j + 16 + 2 * r], s[4 * j + 16 + 2 * r + 1]));
-    }
-    float max = fmaxf(fmaxf(partial[0], partial[1]), fmaxf(partial[2], partial[3]));
-    max = row_reduce_max(max);
-    const bool keep = (max - row_max[r]) * scale_log2 <= kLazyRescaleLog2;
-    max = keep ? row_max[r] : max;
-    rescale[r] = ptx::exp2_approx((row_max[r] - max) * scale_log2);
-    row_max[r] = max;
-
-    const float offset = max * scale_log2;
-    float sum[2] = {0.0F, 0.0F};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& value = s[4 * j + 2 * r + c];
-        value = ptx::exp2_approx(fmaf(value, scale_log2, -offset));
-        sum[c] += value;
-      }
-    }
-    row_sum[r] = row_sum[r] * rescale[r] + (sum[0] + sum[1]);
+  for (int i = 0; i < 32; i += 2) {
+    const int r = row_of(i);
+    const float low = ptx::exp2_approx(fmaf(s[i], scale_log2, -offset[r]));
+    const float high = ptx::exp2_approx(fmaf(s[i + 1], scale_log2, -offset[r]));
+    partial[r][0] += low;
+    partial[r][1] += high;
+    p[i / 2] = pack<Element>(low, high);
   }
+  sum[0] = partial[0][0] + partial[0][1];
+  sum[1] = partial[1][0] + partial[1][1];
+}
+
+/// One step of the online softmax: P of a tile of raw scores. Updates the row maxima and sums, and returns in `rescale`
+/// what earlier sums and outputs must be multiplied with (the sums have been).
+template <class Element>
+__device__ __forceinline__ void online_softmax(const float (&s)[32], std::uint32_t (&p)[16], float (&row_max)[2],
+                                               float (&row_sum)[2], float (&rescale)[2], float scale_log2) {
+  float sum[2];
+  rescale[0] = rescale[1] = 1.0F;
+#pragma unroll 1
+  for (bool is_lazy = true;; is_lazy = false) {
+    exponentiate<Element>(s, row_max, scale_log2, p, sum);
+    if (!is_lazy || !__any_sync(~0U, sum[0] > kMaxLazySum || sum[1] > kMaxLazySum)) break;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      float max = row_max[r];
+#pragma unroll
+      for (int i = 2 * r; i < 32; i += 4) max = fmaxf(max, fmaxf(s[i], s[i + 1]));
+      max = row_reduce_max(max);
+      rescale[r] = ptx::exp2_approx((row_max[r] - max) * scale_log2);
+      row_max[r] = max;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) row_sum[r] = row_sum[r] * rescale[r] + sum[r];
 }
 
 }  // namespace flash_mla::sm90

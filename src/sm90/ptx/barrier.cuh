@@ -42,9 +42,20 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/// Arrives at named barrier `id` without waiting.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+/// The same, and whether any of the threads gave true.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool value) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred in, out;\n"
+      "setp.ne.b32 in, %3, 0;\n"
+      "bar.red.or.pred out, %1, %2, in;\n"
+      "selp.b32 %0, 1, 0, out;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<int>(value))
+      : "memory");
+  return any != 0;
 }
 
 }  // namespace flash_mla::ptx

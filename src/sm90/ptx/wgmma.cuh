@@ -105,4 +105,64 @@ __device__ __forceinline__ void wgmma_m64n128k16_ra_tb(float (&d)[64], const std
 
 #undef FLASH_MLA_WGMMA_M64N128K16_RA_TB
 
+// clang-format off
+#define FLASH_MLA_WGMMA_M64N16K16(type, transpose_a)                                                            \
+  asm volatile(                                                                                                 \
+      "{\n"                                                                                                     \
+      ".reg .pred accumulate;\n"                                                                                \
+      "setp.ne.b32 accumulate, %10, 0;\n"                                                                       \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " "                                           \
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, accumulate, 1, 1, " transpose_a ", 0;\n"                       \
+      "}\n"                                                                                                     \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])          \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+
+#define FLASH_MLA_WGMMA_M64N32K16(type, transpose_a)                                                            \
+  asm volatile(                                                                                                 \
+      "{\n"                                                                                                     \
+      ".reg .pred accumulate;\n"                                                                                \
+      "setp.ne.b32 accumulate, %18, 0;\n"                                                                       \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " "                                           \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                                \
+      "%16, %17, accumulate, 1, 1, " transpose_a ", 0;\n"                                                       \
+      "}\n"                                                                                                     \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),         \
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])    \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+// clang-format on
+
+/// D (64 x 16, float) = A (64 x 16) B (16 x 16) [+ D]; both from shared memory. B has k contiguous; A too, or, if
+/// transposed, its rows.
+template <class Element, bool kTransposeA>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[8], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  constexpr bool kIsBfloat16 = std::is_same_v<Element, __nv_bfloat16>;
+  if constexpr (kIsBfloat16 && kTransposeA) {
+    FLASH_MLA_WGMMA_M64N16K16("bf16", "1")
+  } else if constexpr (kIsBfloat16) {
+    FLASH_MLA_WGMMA_M64N16K16("bf16", "0")
+  } else if constexpr (kTransposeA) {
+    FLASH_MLA_WGMMA_M64N16K16("f16", "1")
+  } else {
+    FLASH_MLA_WGMMA_M64N16K16("f16", "0")
+  }
+}
+
+/// The same for B of 16 x 32.
+template <class Element, bool kTransposeA>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[16], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  constexpr bool kIsBfloat16 = std::is_same_v<Element, __nv_bfloat16>;
+  if constexpr (kIsBfloat16 && kTransposeA) {
+    FLASH_MLA_WGMMA_M64N32K16("bf16", "1")
+  } else if constexpr (kIsBfloat16) {
+    FLASH_MLA_WGMMA_M64N32K16("bf16", "0")
+  } else if constexpr (kTransposeA) {
+    FLASH_MLA_WGMMA_M64N32K16("f16", "1")
+  } else {
+    FLASH_MLA_WGMMA_M64N32K16("f16", "0")
+  }
+}
+
+#undef FLASH_MLA_WGMMA_M64N16K16
+#undef FLASH_MLA_WGMMA_M64N32K16
+
 }  // namespace flash_mla::ptx

@@ -9,9 +9,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
+from ._torch import torch
 
 Call = Callable[[int], object]
 
@@ -23,11 +24,20 @@ SETTLING = 0.25  # share of a burst in which the clock still falls
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure."""
+    """How long to measure each call of a case."""
 
     burst_seconds: float = 0.3
     bursts: int = 3
-    rests: int = 5
+    rests: int = 4
+
+    def shared_by(self, num_calls: int) -> Plan:
+        """The same for a case of so many calls, with fewer turns each, so that it takes about 6 seconds at most."""
+        if num_calls <= 2:
+            return self
+        return replace(self, bursts=min(self.bursts, 2), rests=min(self.rests, 3 if num_calls == 3 else 2))
+
+
+QUICK_PLAN = Plan(burst_seconds=0.15, bursts=1, rests=2)
 
 
 @dataclass
@@ -44,7 +54,8 @@ class Timed:
     def __init__(self, call: Call, rotations: int) -> None:
         self._call = call
         self._rotations = rotations
-        side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._memory = torch.cuda.graph_pool_handle()  # the graphs never run at the same time
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for index in range(3):
@@ -53,9 +64,11 @@ class Timed:
         torch.cuda.synchronize()
 
         self._first = self._capture(0, 1)
-        estimate = max(_seconds(self._first, 5) / 5, 1e-6)
+        estimate = _seconds(self._first, 1)
+        if estimate < GRAPH_SECONDS:
+            estimate = max(_seconds(self._first, 5) / 5, 1e-6)
         self._cold_calls = max(2, math.ceil(COLD_SECONDS / estimate))
-        self._cold = self._capture(1, self._cold_calls)
+        self._cold: Any = None
         rounds = max(1, math.ceil(GRAPH_SECONDS / estimate / rotations))
         self._hot_calls = rounds * rotations
         self._hot = self._capture(0, self._hot_calls)
@@ -63,7 +76,7 @@ class Timed:
 
     def hot_burst(self, seconds: float) -> tuple[list[float], tuple[float, float]]:
         """(microseconds per call of each graph launch once the clock has settled, begin and end)"""
-        replays = max(4, math.ceil(seconds / self._hot_seconds))
+        replays = max(3, math.ceil(seconds / self._hot_seconds))
         events = [_event() for _ in range(replays + 1)]
         begin = time.monotonic()
         events[0].record()
@@ -77,6 +90,8 @@ class Timed:
 
     def cold_calls(self) -> float:
         """Microseconds per call of a few calls after a rest. The first one after it is not counted."""
+        if self._cold is None:
+            self._cold = self._capture(1, self._cold_calls)
         torch.cuda.synchronize()
         time.sleep(REST_SECONDS)
         begin, end = _event(), _event()
@@ -87,9 +102,9 @@ class Timed:
         torch.cuda.synchronize()
         return _microseconds(begin, end) / self._cold_calls
 
-    def _capture(self, start: int, count: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, start: int, count: int) -> Any:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):
             for index in range(start, start + count):
                 self._call(index % self._rotations)
         graph.replay()
@@ -97,7 +112,7 @@ class Timed:
         return graph
 
 
-def _seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+def _seconds(graph: Any, replays: int) -> float:
     begin, end = _event(), _event()
     begin.record()
     for _ in range(replays):
@@ -107,11 +122,11 @@ def _seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return _microseconds(begin, end) / 1e6
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
 
 
-def _microseconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+def _microseconds(begin: Any, end: Any) -> float:
     return float(begin.elapsed_time(end)) * 1e3
 
 

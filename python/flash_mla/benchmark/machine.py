@@ -13,15 +13,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
+from .. import cuda
 
 COMMIT_VARIABLE = "FLASH_MLA_COMMIT"
 SAMPLE_MILLISECONDS = 20
 
 
+def missing() -> str | None:
+    """What a benchmark lacks on this machine, or None. Makes the first Hopper GPU PyTorch's current device."""
+    gpus = cuda.gpus()
+    hopper = next((gpu for gpu in gpus if gpu.is_hopper), None)
+    if hopper is None:
+        found = ", ".join(gpu.name for gpu in gpus) or ("no CUDA driver" if cuda.driver_version() is None else "none")
+        return f"needs a Hopper GPU (compute capability 9.0); found: {found}"
+    try:
+        from ._torch import torch
+    except ImportError:
+        return "needs PyTorch built with CUDA: pip install torch"
+    if not torch.cuda.is_available():
+        return f"needs PyTorch built with CUDA; found {torch.__version__}, which sees no GPU"
+    torch.cuda.set_device(hopper.index)
+    return None
+
+
 def describe() -> dict[str, Any]:
     """The machine, in the words of PyTorch and nvidia-smi."""
-    properties = torch.cuda.get_device_properties(0)
+    from ._torch import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": properties.name,
         "num_sms": properties.multi_processor_count,
@@ -35,13 +54,13 @@ def describe() -> dict[str, Any]:
     }
 
 
-def commit(given: str | None) -> str:
-    """The commit that was measured: as given, from the environment, or from git."""
+def commit(given: str | None, tree: Path | None = None) -> str:
+    """The commit that was measured: as given, from the environment, or from the git tree; else "unknown"."""
     named = given or os.environ.get(COMMIT_VARIABLE)
-    if named:
-        return named
+    if named or tree is None:
+        return named or "unknown"
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -95,7 +114,9 @@ class ClockMonitor:
 
 
 def _nvidia_smi(fields: str) -> list[str]:
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    from ._torch import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     which = "0" if uuid is None else f"GPU-{uuid}"
     return ["nvidia-smi", "-i", which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
 

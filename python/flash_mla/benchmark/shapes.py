@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 REFERENCE_SOURCE = "FlashMLA, hopper measurements of 2026-11-23 on another H200"
 HEAD_DIM_QK = 576
 HEAD_DIM_V = 512
@@ -38,9 +36,18 @@ class Shape:
 
     def lengths(self) -> list[int]:
         """Tokens of each request: the mean, or normally distributed around it."""
+        if self.std_seqlen_k == 0:
+            return [max(self.mean_seqlen_k, self.seqlen_q)] * self.batch_size
+        import numpy as np  # here, so that a command line that names shapes starts fast
+
         rng = np.random.default_rng(0)
-        drawn = rng.normal(self.mean_seqlen_k, self.std_seqlen_k, self.batch_size)
+        drawn = rng.normal(self.mean_seqlen_k, self.std_seqlen_k, self.batch_size).tolist()
         return [max(int(length), self.seqlen_q) for length in drawn]
+
+    @property
+    def tokens(self) -> int:
+        """Of all requests."""
+        return sum(self.lengths())
 
     @property
     def num_q_tokens_per_head_k(self) -> int:
@@ -48,11 +55,11 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.seqlen_q * self.num_heads_q * sum(self.lengths()) * (HEAD_DIM_QK + HEAD_DIM_V)
+        return 2.0 * self.seqlen_q * self.num_heads_q * self.tokens * (HEAD_DIM_QK + HEAD_DIM_V)
 
     @property
     def kv_bytes(self) -> float:
-        return 2.0 * sum(self.lengths()) * self.num_heads_k * HEAD_DIM_QK
+        return 2.0 * self.tokens * self.num_heads_k * HEAD_DIM_QK
 
     @property
     def bytes_moved(self) -> float:
@@ -78,6 +85,18 @@ SHAPES = (
     Shape("lat_b16_h16_2k", 16, 16, 1, 2048, "us", Reference(20.4)),
 )
 QUICK = ("compute_s1_4k", "tp2_h64_8k", "tp8_h16_8k", "varlen_h128", "lat_b1_h128_8k")
+
+
+def custom(text: str, std_seqlen_k: int = 0, causal: bool = False) -> Shape:
+    """The shape "BATCH,HEADS,S_Q,TOKENS". Raises ValueError for another text."""
+    try:
+        batch_size, num_heads_q, seqlen_q, tokens = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected BATCH,HEADS,S_Q,TOKENS, got {text!r}") from None
+    if min(batch_size, num_heads_q, seqlen_q, tokens) < 1:
+        raise ValueError(f"expected four numbers of at least 1, got {text!r}")
+    name = f"custom_b{batch_size}_h{num_heads_q}_s{seqlen_q}_{tokens}"
+    return Shape(name, batch_size, num_heads_q, seqlen_q, tokens, "us", None, std_seqlen_k=std_seqlen_k, causal=causal)
 
 
 def named(names: list[str]) -> list[Shape]:

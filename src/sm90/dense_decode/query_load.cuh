@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/dense_decode/params.h"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/tma.cuh"
+
+namespace flash_mla::sm90 {
+
+/// Issues the copies of a tile of Q, nine chunks of Traits::kRows rows at `q`. By one thread.
+template <class Traits>
+__device__ void load_query(const DenseDecodeParams& params, std::uint32_t q, std::uint32_t barrier, int request,
+                           const QueryTile& tile, int head_k) {
+  const int head = head_k * params.tiling.group_size + tile.head;
+  ptx::mbarrier_arrive_expect(barrier, Traits::kNumChunks * params.tiling.rows_per_tile() * Traits::kRowBytes);
+  for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+    ptx::tma_load_4d(q + chunk * Traits::kRows * Traits::kRowBytes, &params.q_map, barrier,
+                     chunk * Traits::kChunkColumns, head, tile.query, request);
+  }
+}
+
+/// Zeroes the rows of Q that no query fills, which costs the tensor cores less power than what lay there.
+template <class Traits>
+__device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32_t q, int thread, int num_threads) {
+  constexpr int kVectorBytes = sizeof(uint4);
+  constexpr int kVectors = Traits::kRows * Traits::kRowBytes / kVectorBytes;
+  const int first = params.tiling.rows_per_tile() * Traits::kRowBytes / kVectorBytes;
+  for (int i = first + thread; i < kVectors; i += num_threads) {
+    for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+      ptx::store_shared_v4(q + (chunk * kVectors + i) * kVectorBytes, 0, 0, 0, 0);
+    }
+  }
+}
+
+}  // namespace flash_mla::sm90

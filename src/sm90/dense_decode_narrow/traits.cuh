@@ -1,0 +1,66 @@
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/dense_decode/traits.cuh"
+
+namespace flash_mla::sm90 {
+
+/// Constants of the kernel for tiles of few query rows. MMAs have tokens as M and query rows as N, so that rows are
+/// padded to kRows and not to 64; the shared memory that Q does not need holds more of the KV cache.
+template <class Element, int kRows_>
+struct NarrowTraits : TileTraits<Element> {
+  using Base = TileTraits<Element>;
+
+  static constexpr int kRows = kRows_;
+  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 72;
+
+  static constexpr int kQChunkBytes = kRows * Base::kRowBytes;
+  static constexpr int kPBytes = kRows * Base::kRowBytes;
+  /// Slots of the ring, a chunk of 64 tokens and 64 columns each.
+  static constexpr int kNumSlots = kRows == 16 ? 25 : 22;
+  /// Registers of an accumulator of 64 x kRows, and query rows that a thread holds values of.
+  static constexpr int kAccumulators = kRows / 2;
+  static constexpr int kRowsPerThread = kRows / 4;
+  /// Chunks of O that a consumer writes, after merging its own with those of the other.
+  static constexpr int kOwnChunks = Base::kNumVChunks / Base::kNumConsumers;
+
+  static_assert(kRows == 16 || kRows == 32, "as there are wgmma wrappers");
+  static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
+  static_assert(kNumSlots >= Base::kNumConsumers * Base::kNumChunks, "a ring position wraps at most once a step");
+};
+
+template <class Traits>
+struct alignas(1024) NarrowStorage {
+  unsigned char q[Traits::kNumChunks * Traits::kQChunkBytes];  // at the end of a piece: O on its way between consumers
+  unsigned char p[Traits::kNumConsumers][Traits::kPBytes];
+  unsigned char kv[Traits::kNumSlots][Traits::kChunkBytes];
+  float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
+  float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
+  float row_max[Traits::kNumConsumers][Traits::kRows];
+  std::uint64_t q_full;
+  std::uint64_t q_empty;
+  std::uint64_t kv_full[Traits::kNumSlots];
+  std::uint64_t kv_empty[Traits::kNumSlots];
+};
+
+/// A place in the ring of chunks. Blocks take nine slots in a row, RoPE first, then V.
+template <class Traits>
+struct RingPosition {
+  int slot = 0;
+  std::uint32_t phase = 0;
+
+  /// Where block number `block` of all that the CTA loads begins.
+  __device__ static RingPosition of_block(unsigned block) {
+    const unsigned chunk = block * Traits::kNumChunks;
+    return {static_cast<int>(chunk % Traits::kNumSlots), chunk / Traits::kNumSlots & 1};
+  }
+  /// `count` slots on, fewer than the ring has.
+  __device__ RingPosition operator+(int count) const {
+    const bool wraps = slot + count >= Traits::kNumSlots;
+    return {slot + count - (wraps ? Traits::kNumSlots : 0), phase ^ (wraps ? 1U : 0U)};
+  }
+};
+
+}  // namespace flash_mla::sm90

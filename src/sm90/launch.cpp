@@ -1,0 +1,16 @@
+#include "sm90/launch.h"
+
+namespace flash_mla::sm90 {
+
+void launch_dense_decode(const DenseDecodeParams& params, DType dtype, CUstream_st* stream) {
+  const bool is_narrow = params.tiling.num_tiles == 1 && params.tiling.rows_per_tile() <= kMaxNarrowRows;
+  if (dtype != DType::kBFloat16) {
+    launch_dense_decode_fp16(params, stream);
+  } else if (is_narrow) {
+    launch_dense_decode_narrow_bf16(params, stream);
+  } else {
+    launch_dense_decode_bf16(params, stream);
+  }
+}
+
+}  // namespace flash_mla::sm90

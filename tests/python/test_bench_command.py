@@ -1,0 +1,272 @@
+"""`flash-mla bench` where there is neither a GPU nor PyTorch: command line, shapes, rates, tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hopper
+import pytest
+from flash_mla import cli
+from flash_mla.benchmark import command, machine, plots, report
+from flash_mla.benchmark.roofline import RECORDED, Ceilings, cold_rates, hot_rates, ratios
+from flash_mla.benchmark.shapes import QUICK, SHAPES, Shape, custom, named
+
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+CEILINGS = Ceilings(4.6, 830.0, 4.7, 1000.0, "measured in this run")
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def decode_result(shapes: tuple[Shape, ...] = SHAPES) -> dict[str, Any]:
+    """A result as a run writes it, of made-up times; FA3 failed in the first case."""
+    cases: list[dict[str, Any]] = []
+    for index, shape in enumerate(shapes):
+        us = max(shape.flops / 550e6, shape.bytes_moved / 4.1e6, 10.0)
+        clock = {"sm_mhz": 1400.0, "watts": None}
+        hot, cold = {**hot_rates(shape, us, CEILINGS), **clock}, cold_rates(shape, 0.9 * us, CEILINGS)
+        peers: dict[str, Any] = {"FA3": {"error": "RuntimeError: [no] such shape"}}
+        if index > 0:
+            peers["FA3"] = {
+                "hot": {**hot_rates(shape, 1.1 * us, CEILINGS), **clock},
+                "cold": cold_rates(shape, us, CEILINGS),
+            }
+        cases.append(
+            {
+                "shape": asdict(shape),
+                "hot": hot,
+                "cold": cold,
+                "ratio_to_reference": ratios(shape, hot, cold),
+                "variants": {"metadata given": {"hot_us": us, "cold_us": us}},
+                "peers": peers,
+                "ratio_to_peers": {"FA3": {"hot": 1.1, "cold": 1.1}} if index > 0 else {},
+            }
+        )
+    return {
+        "kind": "decode",
+        "date": "2026-11-24T00:00:00+00:00",
+        "commit": "abc1234",
+        "machine": {"gpu": "NVIDIA H200", "driver": "580"},
+        "ceilings": asdict(CEILINGS),
+        "reference": "FlashMLA",
+        "peers_missing": {"FlashInfer fa3": "ModuleNotFoundError: No module named 'flashinfer'"},
+        "cases": cases,
+        "failures": [{"case": "varlen", "error": "OutOfMemoryError: [full]"}],
+    }
+
+
+def sweep_result() -> dict[str, Any]:
+    plane = {"title": "16 heads", "x": "context", "y": "batch_size", "fixed": {"num_heads_q": 16, "seqlen_q": 1}}
+    rows = {"title": "batch 1", "x": "num_heads_q", "y": "seqlen_q", "fixed": {"batch_size": 1, "context": 1024}}
+    cells = [(1, 1024, 10.0, 5.0), (2, 1024, 12.0, 9.0), (1, 1 << 20, 270.0, 88.0)]
+    return {
+        **{key: decode_result()[key] for key in ("date", "commit", "machine", "ceilings")},
+        "kind": "sweep",
+        "planes": [plane, rows],
+        "points": [
+            {
+                "batch_size": batch,
+                "context": context,
+                "num_heads_q": 16,
+                "seqlen_q": 1,
+                "us": us,
+                "ceiling_percent": percent,
+            }
+            for batch, context, us, percent in cells
+        ],
+        "skipped": [{"point": "b512", "reason": "memory"}, {"point": "b1", "reason": "time"}],
+        "failures": [],
+    }
+
+
+def test_takes_all_cases_or_those_that_are_named() -> None:
+    assert [s.name for s in command.chosen_shapes(options())] == [s.name for s in SHAPES]
+    assert [s.name for s in command.chosen_shapes(options("--quick"))] == list(QUICK)
+    chosen = command.chosen_shapes(
+        options("lat_b1_h128_1k", "--custom", "2,16,1,100", "--custom", "3,8,2,50", "--causal", "--page-size", "128")
+    )
+    assert [s.name for s in chosen] == ["lat_b1_h128_1k", "custom_b2_h16_s1_100", "custom_b3_h8_s2_50"]
+    assert [s.causal for s in chosen] == [False, True, True]
+    assert {s.page_size for s in chosen} == {128}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no case nothing"),
+        (["--custom", "1,2,3"], "--custom: expected BATCH,HEADS,S_Q,TOKENS, got '1,2,3'"),
+        (["--custom", "1,2,0,4"], "--custom: expected four numbers of at least 1"),
+        (["--page-size", "48"], "--page-size: expected a power of two, got 48"),
+        (["--std", "-1"], "--std: expected at least 0, got -1"),
+        (["--peers", "fa3,fa4"], "--peers: .*got 'fa4'"),
+        (["--sweep", "compute_s1_4k"], "--sweep: expected no cases"),
+        (["--plot", "/nowhere.json"], "No such file"),
+    ],
+    ids=str,
+)
+def test_refuses_a_wrong_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(hopper.missing() is None, reason="with a Hopper GPU the benchmark would run")
+def test_says_that_there_is_no_hopper_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench"]) == 2
+    assert "needs a Hopper GPU" in capsys.readouterr().err
+
+
+def test_names_of_peers() -> None:
+    assert command.chosen_peers(None, None) == ["flashinfer", "fa3", "sdpa"]
+    assert command.chosen_peers(None, "deepseek") == ["flash_mla", "flashinfer", "fa3", "sdpa"]
+    assert command.chosen_peers("sdpa", None) == ["sdpa"]
+    assert command.chosen_peers("none", "deepseek") == []
+
+
+def test_the_command_line_starts_without_numpy_and_torch() -> None:
+    script = (
+        "import sys, flash_mla.cli; flash_mla.cli.main(['info', '--json']);"
+        "print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines()[-1] == "set()"
+
+
+def test_lengths_of_a_shape() -> None:
+    assert custom("3,16,2,1").lengths() == [2, 2, 2]  # a request holds its own queries
+    varied = named(["varlen_h16"])[0].lengths()
+    assert len(varied) == 64
+    assert len(set(varied)) > 32
+
+
+def test_rates_and_ratios() -> None:
+    shape = named(["compute_s1_4k"])[0]
+    hot, cold = hot_rates(shape, 273.0, CEILINGS), cold_rates(shape, 235.0, CEILINGS)
+    assert hot["tflops"] == pytest.approx(534, abs=1)
+    assert hot["mma_percent"] == pytest.approx(100 * hot["tflops"] / 830)
+    assert cold["mma_percent"] == pytest.approx(100 * cold["tflops"] / 1000)
+    assert ratios(shape, hot, cold)["hot"] == pytest.approx(hot["tflops"] / 533)
+    latency = named(["lat_b1_h128_1k"])[0]
+    assert ratios(latency, hot_rates(latency, 6.8, RECORDED), {})["hot"] == pytest.approx(2.0)
+
+
+def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    assert machine.commit("given", REPOSITORY) == "given"
+    assert machine.commit(None) == machine.commit(None, tmp_path) == "unknown"
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "named")
+    assert machine.commit(None) == "named"
+
+
+def test_prints_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_decode(decode_result())
+    printed = capsys.readouterr().out
+    for shape in SHAPES:
+        assert shape.name in printed
+    for text in (
+        "HBM 4.60 (4.70) TB/s",
+        "RuntimeError: [no]",
+        "1.10 (1.10)",
+        "FAILED varlen",
+        "FlashInfer fa3 was not",
+    ):
+        assert text in printed
+
+
+def test_prints_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_sweep(sweep_result())
+    assert "3 points measured, 1 skipped for memory, 1 for time" in capsys.readouterr().out
+
+
+def test_writes_and_finds_results(tmp_path: Path) -> None:
+    old, new = decode_result(), {**decode_result(), "date": "2026-12-01T00:00:00+00:00"}
+    assert report.write(old, None, folder=tmp_path).name == "2026-11-24-abc1234.json"
+    report.write(new, tmp_path / "deeper" / "new.json")
+    assert report.newest("decode", tmp_path) == old
+    assert report.newest("decode", tmp_path / "deeper") == new
+    assert report.newest("sweep", tmp_path) is None
+
+
+def readme_table() -> Any:
+    spec = importlib.util.spec_from_file_location("readme_table", REPOSITORY / "benchmarks" / "readme_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_readme_table_reads_every_result(path: Path) -> None:
+    result = json.loads(path.read_text())
+    if result["kind"] != "decode":
+        pytest.skip("not a result of decoding")
+    assert readme_table().table(result, None).count("\n| ") == 1 + len(result["cases"]) - 1
+
+
+def test_readme_table_reads_a_new_result() -> None:
+    assert f"| {SHAPES[0].name} | 128, 128, 1, 4096 |" in readme_table().table(decode_result(), None)
+
+
+@pytest.mark.parametrize("make_result", [decode_result, sweep_result])
+def test_draws_a_result(make_result: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(make_result()))
+    assert cli.main(["bench", "--plot", str(path)]) == 0
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "result.png" in capsys.readouterr().out
+
+
+def test_draws_old_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    newest = report.newest("decode", RESULTS)
+    assert newest is not None
+    plots.draw(newest, tmp_path / "old.png")
+
+
+def test_says_what_it_cannot_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(plots.NothingToDrawError, match="got 'host_overhead'"):
+        plots.draw({"kind": "host_overhead"}, tmp_path / "x.png")
+    with pytest.raises(plots.NothingToDrawError, match="no measured case"):
+        plots.draw({"kind": "decode", "cases": []}, tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"flash-mla\[bench\]"):
+        plots.draw(decode_result(), tmp_path / "x.png")
+
+
+def test_spreads_labels() -> None:
+    assert plots.spread([0.1, 0.5], 0.1) == [0.1, 0.5]
+    assert plots.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert plots.spread([0.1, 0.48, 0.52], 0.1) == pytest.approx([0.1, 0.45, 0.55])
+
+
+def test_groups_points_of_one_intensity() -> None:
+    points = [plots.Point(str(x), x, 1.0) for x in (240.0, 30.0, 60.0, 229.0, 31.0)]
+    assert [[p.intensity for p in group] for group in plots.groups(points)] == [[30, 31], [60], [229, 240]]
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "text"),
+    [
+        (6.54, "6.5 us"),
+        (99.96, "100 us"),
+        (999.0, "999 us"),
+        (1234.0, "1.23 ms"),
+        (18900.0, "18.9 ms"),
+        (2e6, "2.00 s"),
+    ],
+)
+def test_durations(microseconds: float, text: str) -> None:
+    assert plots.duration(microseconds) == text
