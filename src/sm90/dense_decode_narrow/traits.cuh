@@ -18,8 +18,9 @@ struct NarrowTraits : TileTraits<Element> {
 
   static constexpr int kQChunkBytes = kRows * Base::kRowBytes;
   static constexpr int kPBytes = kRows * Base::kRowBytes;
-  /// Slots of the ring, a chunk of 64 tokens and 64 columns each.
-  static constexpr int kNumSlots = kRows == 16 ? 25 : 22;
+  /// Slots of the ring, a chunk of 64 tokens and 64 columns each. Two blocks: a slot always returns to the same
+  /// consumer, so that whoever waits for a phase of its barrier has seen the one before.
+  static constexpr int kNumSlots = Base::kNumConsumers * Base::kNumChunks;
   /// Registers of an accumulator of 64 x kRows, and query rows that a thread holds values of.
   static constexpr int kAccumulators = kRows / 2;
   static constexpr int kRowsPerThread = kRows / 4;
@@ -28,7 +29,6 @@ struct NarrowTraits : TileTraits<Element> {
 
   static_assert(kRows == 16 || kRows == 32, "as there are wgmma wrappers");
   static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
-  static_assert(kNumSlots >= Base::kNumConsumers * Base::kNumChunks, "a ring position wraps at most once a step");
 };
 
 template <class Traits>
