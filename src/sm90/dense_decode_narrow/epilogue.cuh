@@ -38,7 +38,7 @@ class NarrowEpilogue {
     } else {
       merge_and_write<AccumRows>(consumer, has_blocks, scale);
     }
-    if (has_blocks) give_back_query();
+    if (has_blocks) give_back_query(consumer);
   }
 
  private:
@@ -98,7 +98,7 @@ class NarrowEpilogue {
                              static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16;
 #pragma unroll
     for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
-      if (has_blocks) exchange(consumer.o, first, scale);
+      if (has_blocks) exchange(consumer, first, scale);
 #pragma unroll
       for (int j = first; j < first + kStagedChunks; ++j) {
         rows.write(consumer.o[j], first_column + j * Traits::kChunkColumns);
@@ -109,7 +109,7 @@ class NarrowEpilogue {
   __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
 
   /// The sums over both consumers, their log-sum-exp, and in `scale` what this consumer's O is multiplied with.
-  __device__ __forceinline__ void merge_sums(const Consumer& consumer, bool has_blocks,
+  __device__ __forceinline__ void merge_sums(Consumer& consumer, bool has_blocks,
                                              float (&scale)[Traits::kRowsPerThread]) const {
     const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
     const bool has_rows = threadIdx.x % 32 < 4;  // the lanes of the warp that write
@@ -121,7 +121,7 @@ class NarrowEpilogue {
         if (has_rows) shared_.warp_sum[warpgroup_][warp][row] = sum;
         if (has_rows && warp == 0) shared_.row_max[warpgroup_][row] = consumer.row_max[k];
       }
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+      consumer.meet_other();
     }
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
@@ -163,8 +163,9 @@ class NarrowEpilogue {
 
   /// Normalises kStagedChunks own chunks of O from `first` on, gives the other consumer its ones, and adds what it
   /// gives.
-  __device__ __forceinline__ void exchange(float (&o)[Traits::kNumVChunks][Traits::kAccumulators], int first,
+  __device__ __forceinline__ void exchange(Consumer& consumer, int first,
                                            const float (&scale)[Traits::kRowsPerThread]) const {
+    auto& o = consumer.o;
     const std::uint32_t staged =
         ptx::shared_address(shared_.q) + threadIdx.x % Traits::kWarpgroupThreads * static_cast<int>(sizeof(float4));
     constexpr int kVectorStep = Traits::kWarpgroupThreads * sizeof(float4);
@@ -181,7 +182,7 @@ class NarrowEpilogue {
                              word[1], word[2], word[3]);
       }
     }
-    ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+    consumer.meet_other();
 #pragma unroll
     for (int j = 0; j < kStagedChunks; ++j) {
       auto& own = o[first + j];
@@ -197,13 +198,13 @@ class NarrowEpilogue {
       }
     }
     if (first + kStagedChunks < Traits::kOwnChunks) {
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);  // read, before it is written again
+      consumer.meet_other();  // read, before it is written again
     }
   }
 
   /// The memory of Q is Q's again.
-  __device__ __forceinline__ void give_back_query() const {
-    ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+  __device__ __forceinline__ void give_back_query(Consumer& consumer) const {
+    consumer.meet_other();
     clear_query_padding<Traits>(params_, ptx::shared_address(shared_.q), threadIdx.x, Traits::kConsumerThreads);
     ptx::fence_proxy_async();
     ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));

@@ -23,6 +23,7 @@ __device__ void init_shared(const DenseDecodeParams& params, NarrowStorage<Trait
     ptx::prefetch_tensor_map(&params.k_cache_map);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
+    ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
     for (auto& barrier : shared.kv_full) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     for (auto& barrier : shared.kv_empty) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);
@@ -46,7 +47,7 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, NarrowS
     if (piece.begin_block < piece.end_block) consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
     NarrowEpilogue<Traits>(params, shared, piece, tile, head_k, warpgroup).write(consumer);
     if (!piece.is_whole) {
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+      consumer.meet_other();
       if (threadIdx.x == 0) TileFlags(params, blockIdx.x, head_k).publish(params, piece.slot);
     }
   }

@@ -41,6 +41,7 @@ struct alignas(1024) NarrowStorage {
   float row_max[Traits::kNumConsumers][Traits::kRows];
   std::uint64_t q_full;
   std::uint64_t q_empty;
+  std::uint64_t consumers_met;
   std::uint64_t kv_full[Traits::kNumSlots];
   std::uint64_t kv_empty[Traits::kNumSlots];
 };
