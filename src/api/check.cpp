@@ -11,6 +11,7 @@
 
 #include "flash_mla/error.h"
 #include "flash_mla/plan.h"
+#include "scheduler/split_plan.h"
 
 namespace flash_mla {
 namespace {
@@ -292,7 +293,8 @@ void check_lse(Argument lse, const Tensor& q) {
 
 void check_plan_arrays(Argument tile_scheduler_metadata, Argument num_splits, std::int64_t batch_size) {
   check_int32_array(tile_scheduler_metadata, {"num_sm_parts", kTileSchedulerMetadataSize});
-  check_range(tile_scheduler_metadata, "num_sm_parts", tile_scheduler_metadata.tensor.shape[0], 1, kMaxGridExtent / 2);
+  check_range(tile_scheduler_metadata, "num_sm_parts", tile_scheduler_metadata.tensor.shape[0], 1,
+              scheduler::kMaxParts);
   check_int32_array(num_splits, {batch_size + 1});
 }
 

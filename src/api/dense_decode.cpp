@@ -26,7 +26,7 @@ constexpr float kLog2E = 1.44269504088896340736F;
 struct Workspace {
   std::size_t flags;
   std::size_t out_accum;
-  std::size_t lse_accum;
+  std::size_t sum_accum;
   std::size_t size;
 };
 
@@ -46,13 +46,14 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
     return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
   const auto num_parts = static_cast<std::size_t>(parts);
-  const std::size_t num_tiles = static_cast<std::size_t>(make_tiling(shape).num_tiles * shape.num_heads_k);
-  const std::size_t num_rows = 2 * num_parts * static_cast<std::size_t>(shape.seqlen_q * shape.num_heads_q);
+  const sm90::QueryTiling tiling = make_tiling(shape);
+  const std::size_t num_tiles = static_cast<std::size_t>(tiling.num_tiles * shape.num_heads_k);
+  const std::size_t slot_tiles = 2 * num_parts * num_tiles;
   Workspace workspace{};
   workspace.flags = shape.num_sm_parts > 0 ? 0 : num_parts * sizeof(scheduler::Part);
   workspace.out_accum = align(workspace.flags + num_tiles * sm90::kFlagsPerPart * num_parts * sizeof(std::uint64_t));
-  workspace.lse_accum = workspace.out_accum + num_rows * kHeadDimV * sizeof(float);
-  workspace.size = align(workspace.lse_accum + num_rows * sizeof(float));
+  workspace.sum_accum = workspace.out_accum + slot_tiles * tiling.padded_rows() * kHeadDimV * sizeof(float);
+  workspace.size = workspace.sum_accum + slot_tiles * tiling.padded_rows() * sizeof(sm90::RowSum);
   return workspace;
 }
 
@@ -159,7 +160,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   params.token = next_launch_token();
   params.flags = reinterpret_cast<std::uint64_t*>(bytes + layout.flags);
   params.out_accum = reinterpret_cast<float*>(bytes + layout.out_accum);
-  params.lse_accum = reinterpret_cast<float*>(bytes + layout.lse_accum);
+  params.sum_accum = reinterpret_cast<sm90::RowSum*>(bytes + layout.sum_accum);
   if (args.tile_scheduler_metadata) {
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
   } else {

@@ -33,6 +33,9 @@ constexpr std::int64_t kMaxPieceCost = 5;
 constexpr std::int64_t kMaxMergeCost = 6;
 constexpr std::int64_t kMergeShare = 16;
 
+/// Parts of a plan: more than any Hopper GPU has SMs.
+constexpr std::int32_t kMaxParts = 160;
+
 /// Larger batches are not looked at for keeping requests whole.
 constexpr std::int32_t kMaxBatchKeptWhole = 1024;
 

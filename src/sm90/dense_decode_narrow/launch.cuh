@@ -10,7 +10,7 @@ template <class Element>
 void launch_narrow_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
   using Few = NarrowTraits<Element, 16>;
   using Many = NarrowTraits<Element, kMaxNarrowRows>;
-  if (params.tiling.rows_per_tile() <= Few::kRows) {
+  if (params.tiling.padded_rows() == Few::kRows) {
     launch_decode_kernel<dense_decode_narrow_kernel<Few>, Few, NarrowStorage<Few>>(params, stream);
   } else {
     launch_decode_kernel<dense_decode_narrow_kernel<Many>, Many, NarrowStorage<Many>>(params, stream);
