@@ -49,7 +49,7 @@ class Combine {
 
  public:
   /// Shared memory that is enough for any number of pieces.
-  static constexpr int kMinSharedBytes = scheduler::kMaxParts * (kUnitBytes + kRowsBytes) + kRowsBytes;
+  static constexpr int kMinSharedBytes = scheduler::kMaxParts * (kUnitBytes + kRowsBytes) + 2 * kRowsBytes;
 
   /// `shared`: `num_bytes` of shared memory that nothing else uses any more, aligned to 16 bytes.
   __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, std::uint32_t shared,
@@ -60,15 +60,19 @@ class Combine {
     wait_for_pieces(split);
     const int n = split.num_pieces;
     const int end = kNumUnits * (slice + 1) / n;
-    const int max_count = (num_bytes_ - (n + 1) * kRowsBytes) / (n * kUnitBytes);
+    const int max_count = (num_bytes_ - (n + 2) * kRowsBytes) / (n * kUnitBytes);
     int first = kNumUnits * slice / n;
 #pragma unroll 1
     for (; first < end; first += max_count) {
       const int count = min(max_count, end - first);
-      load(split, first, count);
-      ptx::async_copy_wait_all();
+      load_sums(split);
+      ptx::async_copy_commit();
+      load_values(split, first, count);
+      ptx::async_copy_commit();
+      ptx::async_copy_wait<1>();
       sync();
-      weigh(split, first, count);
+      weigh(split, first);  // while the values are on their way
+      ptx::async_copy_wait<0>();
       sync();
 #pragma unroll 1
       for (int i = warp(); i < count; i += Traits::kConsumerWarps) merge_unit(split, first + i, i, count);
@@ -77,12 +81,15 @@ class Combine {
   }
 
  private:
-  // In shared memory: sums of all rows of each piece, whose x becomes the piece's weight; for each row the inverse of
-  // the total; then `count` units of each piece.
+  // In shared memory: sums of all rows of each piece, whose x becomes the piece's weight; for each row where its result
+  // goes and what its values are multiplied with; `count` units of each piece.
   __device__ std::uint32_t sum_at(int piece, int row) const {
     return shared_ + (piece * Traits::kRows + row) * static_cast<int>(sizeof(RowSum));
   }
-  __device__ std::uint32_t values(const SplitRequest& split) const { return sum_at(split.num_pieces + 1, 0); }
+  __device__ std::uint32_t result_at(const SplitRequest& split, int row) const {
+    return sum_at(split.num_pieces, 0) + row * static_cast<int>(sizeof(float4));
+  }
+  __device__ std::uint32_t values(const SplitRequest& split) const { return result_at(split, Traits::kRows); }
 
   __device__ __forceinline__ void wait_for_pieces(const SplitRequest& split) const {
     const TileFlags flags(params_, tile_.index(params_.tiling, head_k_));
@@ -97,24 +104,30 @@ class Combine {
     }
   }
 
-  /// A warp for each piece.
-  __device__ __forceinline__ void load(const SplitRequest& split, int first, int count) const {
+  // A warp for each piece.
+  __device__ __forceinline__ void load_sums(const SplitRequest& split) const {
+    constexpr int kSumsPerVector = sizeof(float4) / sizeof(RowSum);
+    if (lane() >= Traits::kRows / kSumsPerVector) return;
 #pragma unroll 1
     for (int piece = warp(); piece < split.num_pieces; piece += Traits::kConsumerWarps) {
-      const SlotTile<Traits> slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
-      constexpr int kSumsPerVector = sizeof(float4) / sizeof(RowSum);
-      if (lane() < Traits::kRows / kSumsPerVector) {
-        ptx::async_copy_16(sum_at(piece, lane() * kSumsPerVector), slot.sums + lane() * kSumsPerVector);
-      }
+      ptx::async_copy_16(sum_at(piece, lane() * kSumsPerVector), slot(split, piece).sums + lane() * kSumsPerVector);
+    }
+  }
+  __device__ __forceinline__ void load_values(const SplitRequest& split, int first, int count) const {
+#pragma unroll 1
+    for (int piece = warp(); piece < split.num_pieces; piece += Traits::kConsumerWarps) {
       const std::uint32_t to = values(split) + piece * count * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
-      const float4* const from = slot.quads + first * 32 + lane();
+      const float4* const from = slot(split, piece).quads + first * 32 + lane();
 #pragma unroll 4
       for (int i = 0; i < count; ++i) ptx::async_copy_16(to + i * kUnitBytes, from + i * 32);
     }
   }
+  __device__ SlotTile<Traits> slot(const SplitRequest& split, int piece) const {
+    return {params_, split.slot(piece), tile_.index(params_.tiling, head_k_)};
+  }
 
   /// Weights of the pieces in each row, and the row's log-sum-exp if this is the slice that writes it.
-  __device__ __forceinline__ void weigh(const SplitRequest& split, int first, int count) const {
+  __device__ __forceinline__ void weigh(const SplitRequest& split, int first) const {
     constexpr int kThreadsPerRow = Traits::kConsumerThreads / Traits::kRows;  // side by side in a warp
     const int row = threadIdx.x / kThreadsPerRow;
     const int begin = threadIdx.x % kThreadsPerRow;
@@ -134,10 +147,10 @@ class Combine {
     }
     for (int lanes = 1; lanes < kThreadsPerRow; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
     if (begin != 0) return;
-    ptx::store_shared(sum_at(split.num_pieces, row), inverse_sum(total));
-    const bool has_first_unit = first == 0 && count > 0;
     const RowCoordinate at(params_, tile_, head_k_, row);
-    if (has_first_unit && at.is_valid) FinalOutput<Element>{params_, split.request}.write_lse(at, max, total);
+    const FinalOutput<Element> output{params_, split.request};
+    ptx::store_shared_v4(result_at(split, row), at.is_valid ? output.row(at) : nullptr, inverse_sum(total));
+    if (first == 0 && at.is_valid) output.write_lse(at, max, total);
   }
 
   /// Unit `unit`, which is number `i` of `count` in shared memory. By one warp.
@@ -156,13 +169,12 @@ class Combine {
       merged[2] = fmaf(weight[Traits::quad_row(2)], value.z, merged[2]);
       merged[3] = fmaf(weight[Traits::quad_row(3)], value.w, merged[3]);
     }
-    const FinalOutput<Element> output{params_, split.request};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = quad.row + r * Traits::kQuadRowStep;
-      const float inverse = ptx::load_shared(sum_at(split.num_pieces, row));
-      const RowCoordinate at(params_, tile_, head_k_, row);
-      if (at.is_valid) write(output.row(at) + quad.column, merged, r, inverse);
+      Element* row;
+      float inverse;
+      ptx::load_shared_v4(result_at(split, quad.row + r * Traits::kQuadRowStep), row, inverse);
+      if (row != nullptr) write(row + quad.column, merged, r, inverse);
     }
   }
 
