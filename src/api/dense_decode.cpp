@@ -151,7 +151,7 @@ void check_workspace(const Workspace& needed, const void* workspace, std::size_t
   }
 }
 
-/// Plans where the caller gives no plan, then decodes: one or two launches.
+/// Decodes: one launch, and one before to plan where the caller gives no plan and the batch is large.
 void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& shape, void* workspace,
                       std::size_t workspace_bytes, CUstream_st* stream) {
   const cuda::DeviceGuard guard(args.q.device.index);
@@ -167,7 +167,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   params.sum_accum = reinterpret_cast<sm90::RowSum*>(bytes + layout.sum_accum);
   if (args.tile_scheduler_metadata) {
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
-  } else {
+  } else if (!scheduler::plans_within_a_warp(params.batch_size, parts)) {
     auto* const planned = reinterpret_cast<scheduler::Part*>(bytes);
     scheduler::plan_on_device({params.cache_seqlens, params.batch_size, parts, planned, nullptr}, stream);
     params.parts = planned;

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanArguments
 }  // namespace
 
 void plan_on_device(const PlanArguments& args, CUstream_st* stream) {
-  if (WarpPlan::takes(args.batch_size, args.num_parts)) {
+  if (plans_within_a_warp(args.batch_size, args.num_parts)) {
     const dim3 grid((args.num_parts + kSmallWarps - 1) / kSmallWarps);
     cuda::Launch("plan_small_kernel", grid, dim3(kSmallThreads), 0, stream)(plan_small_kernel, args);
   } else {

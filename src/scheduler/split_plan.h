@@ -38,6 +38,11 @@ constexpr std::int64_t kMergeShare = 16;
 /// Parts of a plan: more than any Hopper GPU has SMs.
 constexpr std::int32_t kMaxParts = 160;
 
+/// Whether WarpPlan takes such a batch.
+FLASH_MLA_HOST_DEVICE inline bool plans_within_a_warp(std::int32_t batch_size, std::int32_t num_parts) {
+  return 0 < batch_size && batch_size <= num_parts && num_parts <= kMaxParts;
+}
+
 /// Larger batches are not looked at for keeping requests whole.
 constexpr std::int32_t kMaxBatchKeptWhole = 1024;
 

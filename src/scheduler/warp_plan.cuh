@@ -6,22 +6,23 @@
 
 namespace flash_mla::scheduler {
 
-/// Plans batches of at most as many requests as parts, within one warp: all lanes call everything together. Each lane
-/// looks after kRequestsPerLane requests in a row.
+/// Plans batches of at most as many requests as parts (plans_within_a_warp), within one warp: all lanes call everything
+/// together. Each lane looks after the same number of requests in a row. Lengths are read anew each time: code and
+/// registers are short in the kernels that plan.
 class WarpPlan {
  public:
-  /// Whether such a batch is planned here.
-  FLASH_MLA_HOST_DEVICE static bool takes(std::int32_t batch_size, std::int32_t num_parts) {
-    return 0 < batch_size && batch_size <= num_parts && num_parts <= kMaxParts;
-  }
-
   __device__ WarpPlan(const std::int32_t* cache_seqlens, std::int32_t batch_size, std::int32_t num_parts)
-      : batch_size_(batch_size), max_parts_(num_parts), work_(read(cache_seqlens)), plan_(work_, num_parts) {
+      : cache_seqlens_(cache_seqlens),
+        batch_size_(batch_size),
+        max_parts_(num_parts),
+        requests_per_lane_((batch_size + 31) / 32),
+        work_(read()),
+        plan_(work_, num_parts) {
     keeps_whole_ = find_whole();
     quota_ = keeps_whole_ ? 0 : find_quota();
     std::int64_t mine = 0;
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) mine += length(i);
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) mine += length(i);
     offset_ = sum_below(mine);
   }
 
@@ -40,15 +41,15 @@ class WarpPlan {
   __device__ void write_num_splits(std::int32_t* num_splits) const {
     std::int64_t mine = 0;
     std::int64_t offset = offset_;
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) {
       mine += is_request(i) ? pieces(i, offset) : 0;
       offset += length(i);
     }
     std::int64_t splits = sum_below(mine);
     offset = offset_;
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) {
       if (is_request(i)) num_splits[request(i)] = static_cast<std::int32_t>(splits);
       splits += is_request(i) ? pieces(i, offset) : 0;
       offset += length(i);
@@ -57,19 +58,18 @@ class WarpPlan {
   }
 
  private:
-  static constexpr int kRequestsPerLane = kMaxParts / 32;
   static constexpr unsigned kAllLanes = ~0U;
 
   __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static std::int32_t request(int i) { return lane() * kRequestsPerLane + i; }
+  __device__ std::int32_t request(int i) const { return lane() * requests_per_lane_ + i; }
   __device__ bool is_request(int i) const { return request(i) < batch_size_; }
+  __device__ std::int32_t seqlen(int i) const { return cache_seqlens_[request(i)]; }
 
-  __device__ Workload read(const std::int32_t* cache_seqlens) {
+  __device__ Workload read() const {
     Workload work;
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) {
-      seqlens_[i] = is_request(i) ? cache_seqlens[request(i)] : 0;
-      if (is_request(i)) work.add(seqlens_[i]);
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) {
+      if (is_request(i)) work.add(seqlen(i));
     }
     work.num_blocks = sum(work.num_blocks);
     work.num_nonempty = sum(work.num_nonempty);
@@ -79,7 +79,7 @@ class WarpPlan {
   /// How far a request reaches on the line on which parts are found: its cost, or its own parts.
   __device__ std::int64_t length(int i) const {
     if (!is_request(i)) return 0;
-    return quota_ > 0 ? SplitPlan::own_parts(seqlens_[i], quota_) : plan_.cost(seqlens_[i]);
+    return quota_ > 0 ? SplitPlan::own_parts(seqlen(i), quota_) : plan_.cost(seqlen(i));
   }
   __device__ std::int64_t pieces(int i, std::int64_t offset) const {
     return keeps_whole_ ? 1 : quota_ > 0 ? length(i) : plan_.num_pieces(offset, offset + length(i));
@@ -87,8 +87,8 @@ class WarpPlan {
 
   __device__ bool find_whole() const {
     bool fits = true;
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) fits &= !is_request(i) || plan_.allows_whole(plan_.cost(seqlens_[i]));
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || plan_.allows_whole(plan_.cost(seqlen(i)));
     return __all_sync(kAllLanes, fits);
   }
 
@@ -98,9 +98,9 @@ class WarpPlan {
 #pragma unroll 1
     for (std::int64_t quota = plan_.least_quota(work_, max_parts_); quota <= largest; ++quota) {
       std::int64_t num_parts = 0;
-#pragma unroll
-      for (int i = 0; i < kRequestsPerLane; ++i) {
-        num_parts += is_request(i) ? SplitPlan::own_parts(seqlens_[i], quota) : 0;
+#pragma unroll 1
+      for (int i = 0; i < requests_per_lane_; ++i) {
+        num_parts += is_request(i) ? SplitPlan::own_parts(seqlen(i), quota) : 0;
       }
       if (sum(num_parts) <= max_parts_) return quota;
     }
@@ -112,11 +112,11 @@ class WarpPlan {
     SplitPlan::write_empty(row, part, batch_size_);
     bool found = false;
     std::int32_t first = static_cast<std::int32_t>(offset_);
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) {
       const auto count = static_cast<std::int32_t>(length(i));
       if (first <= part && part < first + count) {
-        SplitPlan::write_own(row, request(i), seqlens_[i], first, part - first, count);
+        SplitPlan::write_own(row, request(i), seqlen(i), first, part - first, count);
         continued_pieces = part > first ? count : 0;
         found = true;
       }
@@ -133,8 +133,8 @@ class WarpPlan {
     const std::int64_t cut = part < plan_.num_parts() ? plan_.cut(part) : -1;
     const std::int64_t next_cut = part + 1 < plan_.num_parts() ? plan_.cut(part + 1) : -1;
     std::int64_t offset = offset_;
-#pragma unroll
-    for (int i = 0; i < kRequestsPerLane; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) {
       const std::int64_t end_offset = offset + length(i);
       if (offset <= cut && cut < end_offset) {
         plan_.write_cut(nullptr, &begin, part, request(i), offset, end_offset);
@@ -186,9 +186,10 @@ class WarpPlan {
     return inclusive - value;
   }
 
+  const std::int32_t* const cache_seqlens_;
   const std::int32_t batch_size_;
   const std::int32_t max_parts_;
-  std::int32_t seqlens_[kRequestsPerLane];
+  const std::int32_t requests_per_lane_;
   const Workload work_;
   const SplitPlan plan_;
   bool keeps_whole_ = false;

@@ -142,7 +142,7 @@ TEST(CheckDenseDecode, TakesExtents) {
        "got "
        "33554432"},
       {[](Args& a) { reshape(a.tile_scheduler_metadata, 0, 8); },
-       "InvalidArgument: tile_scheduler_metadata: expected num_sm_parts from 1 to 32767, got 0"},
+       "InvalidArgument: tile_scheduler_metadata: expected num_sm_parts from 1 to 160, got 0"},
       {[](Args& a) { a.softmax_scale = 0.0F; },
        "InvalidArgument: softmax_scale: expected a finite number above 0, got 0"},
       {[](Args& a) { a.softmax_scale = -0.5F; },

@@ -5,7 +5,7 @@
 
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
-#include "sm90/dense_decode/split_request.cuh"
+#include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/softmax.cuh"
@@ -204,9 +204,9 @@ template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k, int part_idx) {
   const Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), Storage::kMergeBytes);
-  ptx::mbarrier_wait(ptx::shared_address(&shared.splits_ready), 0);
+  ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
-  for (const SplitRequest& found : shared.splits) {
+  for (const SplitRequest& found : shared.plan.splits) {
     const SplitRequest split = found;
     if (split.num_pieces > 0) combine.run(split, part_idx - split.first_part);
   }

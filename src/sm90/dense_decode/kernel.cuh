@@ -22,7 +22,7 @@ __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Trait
     constexpr int kWarps = Traits::kWarpgroupWarps;
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
-    ptx::mbarrier_init(ptx::shared_address(&shared.splits_ready), 1);
+    ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
     for (auto& barrier : shared.exchange_full) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, SharedS
   Consumer<Traits> consumer(params, shared, warpgroup);
   const RowCoordinate rows[2] = {{params, tile, head_k, fragment_row()}, {params, tile, head_k, fragment_row() + 8}};
   const RowCoordinate first_row(params, tile, head_k, 0);
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) {
     consumer.reset();
@@ -71,7 +71,7 @@ __device__ __forceinline__ void produce(const DenseDecodeParams& params, SharedS
                                         const QueryTile& tile, int head_k, int part_idx) {
   Producer<Traits> producer(params, shared);
   if (!producer.is_active()) return;
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
 }
@@ -89,8 +89,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const QueryTile tile(params.tiling, blockIdx.x);
 
   init_shared(params, shared);
-  __syncthreads();
   ptx::wait_for_previous_grids();
+  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  __syncthreads();
   // No launch_dependents: a grid that starts while this one ends is placed on SMs as they come free, which scatters the
   // CTAs that read the same KV. That cost 3 % at 128 heads.
 
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     const CtaRole role(params);
     const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
     if (warp == 0 && role.computes) produce(params, shared, tile, head_k, role.part_idx);
-    if (warp == 1 && role.merges) find_splits(params, role.part_idx, shared.splits, shared.splits_ready);
+    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();
     if (const CtaRole role(params); role.computes) consume(params, shared, warpgroup, tile, head_k, role.part_idx);

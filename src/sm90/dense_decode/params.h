@@ -35,7 +35,7 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
-  const scheduler::Part* parts;  // (num_parts,)
+  const scheduler::Part* parts;  // (num_parts,), or null: scheduler::WarpPlan
   int num_parts;
 
   float softmax_scale;

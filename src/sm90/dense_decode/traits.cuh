@@ -4,8 +4,8 @@
 
 #include "flash_mla/dense_decode.h"
 #include "scheduler/split_plan.h"
+#include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/query_tiling.h"
-#include "sm90/dense_decode/split_request.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -31,6 +31,7 @@ struct TileTraits {
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kPlanWarp = kNumThreads / 32 - 1;
 };
 
 /// Four values of O that a thread holds side by side, float4 in the workspace: two rows by two columns.
@@ -90,8 +91,7 @@ struct alignas(1024) SharedStorage {
   unsigned char kv[Traits::kNumBuffers][Traits::kTileBytes];
   uint4 exchange[Exchange::kVectors][Traits::kWarpgroupThreads];
   std::uint64_t exchange_full[Traits::kNumConsumers];
-  SplitRequest splits[kMaxSplitsPerPart];
-  std::uint64_t splits_ready;
+  PartPlan plan;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];

@@ -21,7 +21,7 @@ __device__ void init_shared(const DenseDecodeParams& params, NarrowStorage<Trait
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
-    ptx::mbarrier_init(ptx::shared_address(&shared.splits_ready), 1);
+    ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
     ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
@@ -41,7 +41,7 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, NarrowS
                                         const QueryTile& tile, int head_k, int part_idx) {
   NarrowConsumer<Traits> consumer(params, shared, warpgroup);
   const RowCoordinate first_row(params, tile, head_k, 0);
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) {
     consumer.reset();
@@ -59,7 +59,7 @@ template <class Traits>
 __device__ __forceinline__ void produce_kv(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, int head_k,
                                            int part_idx) {
   NarrowProducer<Traits> producer(params, shared);
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) producer.load_piece(piece, head_k);
 }
@@ -76,8 +76,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const QueryTile tile(params.tiling, blockIdx.x);
 
   init_shared(params, shared);
-  __syncthreads();
   ptx::wait_for_previous_grids();
+  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  __syncthreads();
 
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     if (warp == 1 && role.computes && threadIdx.x % 32 == 0) {
       produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
     }
-    if (warp == 2 && role.merges) find_splits(params, role.part_idx, shared.splits, shared.splits_ready);
+    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();
     if (const CtaRole role(params); role.computes) consume(params, shared, warpgroup, tile, head_k, role.part_idx);

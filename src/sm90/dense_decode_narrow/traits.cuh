@@ -59,8 +59,7 @@ struct alignas(1024) NarrowStorage {
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float row_max[Traits::kNumConsumers][Traits::kRows];
-  SplitRequest splits[kMaxSplitsPerPart];
-  std::uint64_t splits_ready;
+  PartPlan plan;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t consumers_met;
