@@ -15,16 +15,6 @@ namespace {
 
 constexpr std::size_t kPoolBytes = sizeof(std::uint16_t) * kNumLayers * kNumPages * kPageSize * kHeadDimQk;
 
-template <class T>
-void upload(Runtime& runtime, const Mirror<T>& array, int first, int rows) {
-  runtime.copy(array.device(first), array.host(first), array.bytes(rows));
-}
-
-template <class T>
-void download(Runtime& runtime, const Mirror<T>& array, int first, int rows) {
-  runtime.copy(array.host(first), array.device(first), array.bytes(rows));
-}
-
 }  // namespace
 
 DecodeStep::DecodeStep(Runtime& runtime)
@@ -70,18 +60,18 @@ flash_mla::DenseDecodeArguments DecodeStep::make_arguments(int layer, int batch_
 }
 
 void DecodeStep::enqueue(int batch_size) {
-  upload(runtime_, block_table, 0, batch_size);
-  upload(runtime_, cache_seqlens, 0, batch_size);
+  block_table.upload(0, batch_size);
+  cache_seqlens.upload(0, batch_size);
   for (int layer = 0; layer < kNumLayers; ++layer) {
     const flash_mla::DenseDecodeArguments args = make_arguments(layer, batch_size);
     if (layer == 0) {
       flash_mla::plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits,
                                    runtime_.stream());
     }
-    upload(runtime_, q, layer * kMaxBatch, batch_size);
+    q.upload(layer * kMaxBatch, batch_size);
     flash_mla::dense_decode(args, workspace_.get(), workspace_bytes_, runtime_.stream());
-    download(runtime_, out, layer * kMaxBatch, batch_size);
-    download(runtime_, lse, layer * kMaxBatch, batch_size);
+    out.download(layer * kMaxBatch, batch_size);
+    lse.download(layer * kMaxBatch, batch_size);
   }
 }
 

@@ -16,20 +16,25 @@ constexpr int kMaxPages = 8;   // of one request
 constexpr int kMaxBatch = 16;
 constexpr int kBatchSizes[] = {1, 2, 4, 8, kMaxBatch};  // each has its graph
 
-/// An array of the host and one of the device, of `rows` rows.
+/// An array of the host and one of the device, of `rows` rows, and the copies between them.
 template <class T>
-struct Mirror {
+class Mirror {
+ public:
   Mirror(Runtime& runtime, int rows, int row_size)
-      : host_memory(runtime.allocate_on_host(sizeof(T) * rows * row_size)),
-        device_memory(runtime.allocate(sizeof(T) * rows * row_size, 0)),
-        row_size(row_size) {}
+      : runtime_(runtime),
+        row_size_(row_size),
+        host_(runtime.allocate_on_host(sizeof(T) * rows * row_size)),
+        device_(runtime.allocate(sizeof(T) * rows * row_size, 0)) {}
 
-  T* host(int row = 0) const { return static_cast<T*>(host_memory.get()) + std::int64_t{row} * row_size; }
-  T* device(int row = 0) const { return static_cast<T*>(device_memory.get()) + std::int64_t{row} * row_size; }
-  std::size_t bytes(int rows) const { return sizeof(T) * rows * row_size; }
+  T* host(int row = 0) const { return static_cast<T*>(host_.get()) + std::int64_t{row} * row_size_; }
+  T* device(int row = 0) const { return static_cast<T*>(device_.get()) + std::int64_t{row} * row_size_; }
+  void upload(int row, int rows) const { runtime_.copy(device(row), host(row), sizeof(T) * rows * row_size_); }
+  void download(int row, int rows) const { runtime_.copy(host(row), device(row), sizeof(T) * rows * row_size_); }
 
-  std::shared_ptr<void> host_memory, device_memory;
-  int row_size;
+ private:
+  Runtime& runtime_;
+  int row_size_;
+  std::shared_ptr<void> host_, device_;
 };
 
 /// A decode step through all layers for up to kMaxBatch requests. All arrays keep their addresses, as graphs need. Rows

@@ -38,8 +38,10 @@ bool serve(bool cpu_only) {
   const server::Statistics done = server.serve(make_requests());
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
 
-  std::cout << done.num_served << " requests served on " << runtime->name() << ": " << done.num_tokens << " tokens in "
-            << done.num_steps << " steps, " << seconds.count() << " s with the checks\nsteps by batch size:";
+  const bool on_gpu = runtime->device().type == flash_mla::DeviceType::kCuda;
+  std::cout << done.num_served << " requests served on the " << (on_gpu ? "GPU" : "CPU") << ": " << done.num_tokens
+            << " tokens in " << done.num_steps << " steps, " << seconds.count()
+            << " s with the checks\nsteps by batch size:";
   for (const auto& [size, steps] : done.steps_of_size) std::cout << "  " << size << ": " << steps;
   std::cout << "\n" << done.num_checked << " layers of sampled tokens checked, " << done.num_wrong << " wrong\n";
   return done.num_served == kNumRequests && done.num_wrong == 0;

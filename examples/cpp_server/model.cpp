@@ -47,26 +47,6 @@ bool is_close(double got, double want, double absolute, double relative) {
   return std::abs(got - want) <= std::max(absolute, relative * std::abs(want));
 }
 
-/// One head: `latents` are the (num_tokens, 576) that it sees.
-bool is_attention_of_head(const std::uint16_t* query, const std::vector<double>& latents, const std::uint16_t* out,
-                          float lse) {
-  const std::size_t num_tokens = latents.size() / kHeadDimQk;
-  std::vector<double> mean(kHeadDimV, 0.0);
-  double sum = 0;
-  for (std::size_t t = 0; t < num_tokens; ++t) {
-    const double* latent = &latents[t * kHeadDimQk];
-    double score = 0;
-    for (int d = 0; d < kHeadDimQk; ++d) score += from_bfloat16(query[d]) * latent[d];
-    const double weight = std::exp(score / std::sqrt(kHeadDimQk));
-    sum += weight;
-    for (int d = 0; d < kHeadDimV; ++d) mean[d] += weight * latent[d];
-  }
-  for (int d = 0; d < kHeadDimV; ++d) {
-    if (!is_close(from_bfloat16(out[d]), mean[d] / sum, 8e-4, 2.01 / 128)) return false;
-  }
-  return is_close(lse, std::log(sum), 1e-6, 8.01 / 65536);
-}
-
 }  // namespace
 
 void write_latent(const Place& place, std::uint16_t* latent) {
@@ -78,16 +58,28 @@ void write_query(const Place& place, std::uint16_t* query) {
 }
 
 bool is_attention(const Place& place, const std::uint16_t* out, const float* lse) {
-  std::vector<double> latents;
-  std::vector<std::uint16_t> latent(kHeadDimQk);
-  for (int position = 0; position <= place.position; ++position) {
-    write_latent({place.request, place.layer, position}, latent.data());
-    for (const std::uint16_t value : latent) latents.push_back(from_bfloat16(value));
-  }
   std::vector<std::uint16_t> query(kQuerySize);
   write_query(place, query.data());
+  std::vector<std::uint16_t> latent(kHeadDimQk);
+  std::vector<double> mean(kOutSize, 0.0);
+  std::vector<double> sum(kNumHeads, 0.0);
+  for (int position = 0; position <= place.position; ++position) {
+    write_latent({place.request, place.layer, position}, latent.data());
+    for (int h = 0; h < kNumHeads; ++h) {
+      double score = 0;
+      for (int d = 0; d < kHeadDimQk; ++d) {
+        score += from_bfloat16(query[h * kHeadDimQk + d]) * from_bfloat16(latent[d]);
+      }
+      const double weight = std::exp(score * flash_mla::kDefaultSoftmaxScale);
+      sum[h] += weight;
+      for (int d = 0; d < kHeadDimV; ++d) mean[h * kHeadDimV + d] += weight * from_bfloat16(latent[d]);
+    }
+  }
+  for (int i = 0; i < kOutSize; ++i) {
+    if (!is_close(from_bfloat16(out[i]), mean[i] / sum[i / kHeadDimV], 8e-4, 2.01 / 128)) return false;
+  }
   for (int h = 0; h < kNumHeads; ++h) {
-    if (!is_attention_of_head(&query[h * kHeadDimQk], latents, &out[h * kHeadDimV], lse[h])) return false;
+    if (!is_close(lse[h], std::log(sum[h]), 1e-6, 8.01 / 65536)) return false;
   }
   return true;
 }

@@ -10,7 +10,6 @@ namespace {
 /// Everything happens at once, in memory of the host.
 class CpuRuntime : public Runtime {
  public:
-  std::string name() const override { return "the CPU"; }
   flash_mla::Device device() const override { return {flash_mla::DeviceType::kCpu, 0}; }
   CUstream_st* stream() const override { return nullptr; }
   std::shared_ptr<void> allocate(std::size_t bytes, int fill) override {

@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
-#include <string>
 
 #include "flash_mla/flash_mla.h"
 
@@ -14,7 +13,6 @@ class Runtime {
  public:
   virtual ~Runtime() = default;
 
-  virtual std::string name() const = 0;
   virtual flash_mla::Device device() const = 0;
   virtual CUstream_st* stream() const = 0;
 
@@ -22,7 +20,7 @@ class Runtime {
   virtual std::shared_ptr<void> allocate(std::size_t bytes, int fill) = 0;
   /// Memory of the host, zeroed, that copies in the stream may read and write.
   virtual std::shared_ptr<void> allocate_on_host(std::size_t bytes) = 0;
-  /// Copies between the two in the order of the stream.
+  /// Copies in the order of the stream. Other memory of the host may be read as well, and reused when this returns.
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
   /// What `work` enqueues, to be launched again and again: a CUDA graph, or on the CPU `work` itself.
   virtual std::function<void()> record(std::function<void()> work) = 0;

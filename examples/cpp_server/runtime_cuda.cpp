@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "runtime.h"
@@ -23,11 +24,6 @@ class CudaRuntime : public Runtime {
   CudaRuntime(const CudaRuntime&) = delete;
   CudaRuntime& operator=(const CudaRuntime&) = delete;
 
-  std::string name() const override {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");
-    return properties.name;
-  }
   flash_mla::Device device() const override { return {flash_mla::DeviceType::kCuda, index_}; }
   CUstream_st* stream() const override { return stream_; }
 
