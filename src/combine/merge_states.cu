@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -14,56 +15,56 @@
 #include "sm90/ptx/grid.cuh"
 #include "sm90/ptx/math.cuh"
 
-// A thread merges 16 bytes of a row: 64 or 128 threads make up a row, each with up to kBatch loads under way. The
-// kernel does little but read, so threads need nothing of each other, and each works out the weights for itself.
+// A CTA merges a row, a thread 16 bytes of it, with up to kBatch loads under way. The kernel does little but read, so
+// threads need nothing of each other, and each works out the weights for itself. Which row it is follows from blockIdx
+// without a division.
 
 namespace flash_mla::combine {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kBatch = 8;  // states that a thread has in flight
+constexpr int kMaxGridExtent = 65535;  // of a launch's second and third dimension
+constexpr int kBatch = 8;              // states that a thread has in flight
 constexpr float kLog2E = 1.44269504088896340736F;
 
-/// One state. Strides in elements.
-struct State {
-  const void* out;
-  const float* lse;
-  std::int64_t stride_out_batch, stride_out_query, stride_out_head;
-  std::int64_t stride_lse_batch, stride_lse_head, stride_lse_query;
+/// A row: one head of one query of one request.
+struct Row {
+  unsigned batch_idx;
+  unsigned query;
+  unsigned head;
 };
 
-/// The kernel's parameter: kCapacity is kBatch, or kMaxMergeStates in 8 KB of parameters, which take longer to launch.
-template <int kCapacity>
+/// Of an out and its lse, in elements.
+struct Strides {
+  std::int64_t out_batch, out_query, out_head;
+  std::int64_t lse_batch, lse_head, lse_query;
+
+  __device__ std::int64_t of_out(const Row& row) const {
+    return row.batch_idx * out_batch + row.query * out_query + row.head * out_head;
+  }
+  __device__ std::int64_t of_lse(const Row& row) const {
+    return row.batch_idx * lse_batch + row.head * lse_head + row.query * lse_query;
+  }
+};
+
+/// The kernel's parameter. States that share their strides, as those of a collective do, share a row's offset: without
+/// that, addresses are half of the work. States with strides of their own take 8 KB of parameters.
+template <bool kShareStrides>
 struct Params {
-  State states[kCapacity];
+  const void* outs[kMaxMergeStates];
+  const float* lses[kMaxMergeStates];
+  Strides strides[kShareStrides ? 1 : kMaxMergeStates];
   int num_states;
-  int seqlen_q;
-  int num_heads_q;
-  int num_rows;
+  unsigned batch_size;
+  unsigned seqlen_q;
   void* out;
   float* lse;
-  std::int64_t stride_out_batch, stride_out_query, stride_out_head;
-  std::int64_t stride_lse_batch, stride_lse_head, stride_lse_query;
-};
-
-/// A row: one head of one query of one request. `Place` is State or Params.
-struct Row {
-  int batch_idx;
-  int query;
-  int head;
-
-  template <class Place>
-  __device__ std::int64_t of_out(const Place& place) const {
-    return batch_idx * place.stride_out_batch + query * place.stride_out_query + head * place.stride_out_head;
-  }
-  template <class Place>
-  __device__ std::int64_t of_lse(const Place& place) const {
-    return batch_idx * place.stride_lse_batch + head * place.stride_lse_head + query * place.stride_lse_query;
-  }
+  Strides result_strides;
 };
 
 template <class In>
 constexpr int kColumns = 16 / static_cast<int>(sizeof(In));  // that a thread merges
+template <class In>
+constexpr int kThreads = kHeadDimV / kColumns<In>;
 
 template <class In>
 __device__ __forceinline__ void unpack(const uint4& packed, float (&values)[kColumns<In>]) {
@@ -83,18 +84,19 @@ __device__ __forceinline__ void unpack(const uint4& packed, float (&values)[kCol
   }
 }
 
+// As single vectors: an assignment through such a pointer gets split into four.
 template <class Out, int kCount>
 __device__ __forceinline__ void store(Out* to, const float (&values)[kCount]) {
   if constexpr (std::is_same_v<Out, float>) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      *reinterpret_cast<float4*>(to + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+      __stcg(reinterpret_cast<float4*>(to + i), make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
     }
   } else {
     static_assert(kCount == 8, "16 bytes of 16-bit values");
-    *reinterpret_cast<uint4*>(to) =
-        make_uint4(sm90::pack<Out>(values[0], values[1]), sm90::pack<Out>(values[2], values[3]),
-                   sm90::pack<Out>(values[4], values[5]), sm90::pack<Out>(values[6], values[7]));
+    __stcg(reinterpret_cast<uint4*>(to),
+           make_uint4(sm90::pack<Out>(values[0], values[1]), sm90::pack<Out>(values[2], values[3]),
+                      sm90::pack<Out>(values[4], values[5]), sm90::pack<Out>(values[6], values[7])));
   }
 }
 
@@ -130,31 +132,21 @@ struct Sum {
   }
 };
 
-template <class In, class Out, int kCapacity>
-__global__ void __launch_bounds__(kThreads) merge_states_kernel(const __grid_constant__ Params<kCapacity> params) {
-  ptx::launch_dependents();
-  ptx::wait_for_previous_grids();
-  constexpr int kThreadsPerRow = kHeadDimV / kColumns<In>;
-  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const auto row_idx = static_cast<int>(thread / kThreadsPerRow);
-  const int column = static_cast<int>(thread % kThreadsPerRow) * kColumns<In>;
-  if (row_idx >= params.num_rows) return;
-  const int token = row_idx / params.num_heads_q;
-  const Row row{token / params.seqlen_q, token % params.seqlen_q, row_idx % params.num_heads_q};
-
+template <class In, class Out, bool kShareStrides>
+__device__ __forceinline__ void merge_row(const Params<kShareStrides>& params, const Row& row) {
+  const int column = static_cast<int>(threadIdx.x) * kColumns<In>;
   Sum<In> sum;
-  const int end = kCapacity == kBatch ? 1 : params.num_states;  // one batch, or any number
 #pragma unroll 1
-  for (int first = 0; first < end; first += kBatch) {
+  for (int first = 0; first < params.num_states; first += kBatch) {
     uint4 values[kBatch] = {};
     float lse[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       lse[i] = INFINITY;
       if (first + i >= params.num_states) continue;
-      const State& state = params.states[first + i];
-      lse[i] = __ldcg(state.lse + row.of_lse(state));
-      const In* const source = static_cast<const In*>(state.out) + row.of_out(state) + column;
+      const Strides& strides = params.strides[kShareStrides ? 0 : first + i];
+      lse[i] = __ldcg(params.lses[first + i] + strides.of_lse(row));
+      const In* const source = static_cast<const In*>(params.outs[first + i]) + strides.of_out(row) + column;
       values[i] = __ldcg(reinterpret_cast<const uint4*>(source));
     }
     sum.add(values, lse);
@@ -163,53 +155,78 @@ __global__ void __launch_bounds__(kThreads) merge_states_kernel(const __grid_con
   const float inverse = sum.weight == 0.0F ? 0.0F : 1.0F / sum.weight;
 #pragma unroll
   for (float& value : sum.values) value *= inverse;
-  store(static_cast<Out*>(params.out) + row.of_out(params) + column, sum.values);
+  store(static_cast<Out*>(params.out) + params.result_strides.of_out(row) + column, sum.values);
   if (column == 0) {
-    params.lse[row.of_lse(params)] = sum.weight == 0.0F ? INFINITY : sum.max + logf(sum.weight);
+    params.lse[params.result_strides.of_lse(row)] = sum.weight == 0.0F ? INFINITY : sum.max + logf(sum.weight);
   }
 }
 
-template <int kCapacity>
-Params<kCapacity> make_params(const MergeStatesArguments& args, const MergeStatesShape& shape) {
-  Params<kCapacity> params;
+/// Grid: (num_heads_q, seqlen_q, batch_size), the last two as far as a grid goes.
+/// Grid: (num_heads_q, seqlen_q, batch_size), the last two as far as a grid goes.
+template <class In, class Out, bool kShareStrides>
+__global__ void __launch_bounds__(kThreads<In>)
+    merge_states_kernel(const __grid_constant__ Params<kShareStrides> params) {
+  ptx::launch_dependents();
+  ptx::wait_for_previous_grids();
+  for (unsigned batch_idx = blockIdx.z; batch_idx < params.batch_size; batch_idx += gridDim.z) {
+    for (unsigned query = blockIdx.y; query < params.seqlen_q; query += gridDim.y) {
+      merge_row<In, Out>(params, {batch_idx, query, blockIdx.x});
+    }
+  }
+}
+
+Strides strides_of(const Tensor& out, const Tensor& lse) {
+  return {out.strides[0], out.strides[1], out.strides[2], lse.strides[0], lse.strides[1], lse.strides[2]};
+}
+
+/// Strides of extents of 1 mean nothing.
+bool are_alike(const Tensor& a, const Tensor& b) {
+  for (int i = 0; i + 1 < a.rank; ++i) {
+    if (a.shape[i] > 1 && a.strides[i] != b.strides[i]) return false;
+  }
+  return true;
+}
+
+bool share_strides(const MergeStatesArguments& args) {
+  for (std::int64_t i = 1; i < args.num_states; ++i) {
+    if (!are_alike(args.outs[0], args.outs[i]) || !are_alike(args.lses[0], args.lses[i])) return false;
+  }
+  return true;
+}
+
+template <bool kShareStrides>
+Params<kShareStrides> make_params(const MergeStatesArguments& args, const MergeStatesShape& shape) {
+  Params<kShareStrides> params;
   for (std::int64_t i = 0; i < shape.num_states; ++i) {
-    const Tensor& out = args.outs[i];
-    const Tensor& lse = args.lses[i];
-    params.states[i] = {out.data,       static_cast<const float*>(lse.data),
-                        out.strides[0], out.strides[1],
-                        out.strides[2], lse.strides[0],
-                        lse.strides[1], lse.strides[2]};
+    params.outs[i] = args.outs[i].data;
+    params.lses[i] = static_cast<const float*>(args.lses[i].data);
+    if (i == 0 || !kShareStrides) params.strides[i] = strides_of(args.outs[i], args.lses[i]);
   }
   params.num_states = static_cast<int>(shape.num_states);
-  params.seqlen_q = static_cast<int>(shape.seqlen_q);
-  params.num_heads_q = static_cast<int>(shape.num_heads_q);
-  params.num_rows = static_cast<int>(shape.num_rows());
+  params.batch_size = static_cast<unsigned>(shape.batch_size);
+  params.seqlen_q = static_cast<unsigned>(shape.seqlen_q);
   params.out = args.out.data;
   params.lse = static_cast<float*>(args.lse.data);
-  params.stride_out_batch = args.out.strides[0];
-  params.stride_out_query = args.out.strides[1];
-  params.stride_out_head = args.out.strides[2];
-  params.stride_lse_batch = args.lse.strides[0];
-  params.stride_lse_head = args.lse.strides[1];
-  params.stride_lse_query = args.lse.strides[2];
+  params.result_strides = strides_of(args.out, args.lse);
   return params;
 }
 
-template <class In, class Out, int kCapacity>
+template <class In, class Out, bool kShareStrides>
 void launch(const MergeStatesArguments& args, const MergeStatesShape& shape, CUstream_st* stream) {
-  const std::int64_t num_threads = shape.num_rows() * (kHeadDimV / kColumns<In>);
-  const auto num_blocks = static_cast<unsigned>((num_threads + kThreads - 1) / kThreads);  // below 2^31
-  const cuda::Launch launch("merge_states_kernel", dim3(num_blocks), dim3(kThreads), 0, stream,
-                            cuda::Overlap::kWithPrevious);
-  launch(merge_states_kernel<In, Out, kCapacity>, make_params<kCapacity>(args, shape));
+  const auto extent = [](std::int64_t count) {
+    return static_cast<unsigned>(std::min<std::int64_t>(count, kMaxGridExtent));
+  };
+  const dim3 grid(static_cast<unsigned>(shape.num_heads_q), extent(shape.seqlen_q), extent(shape.batch_size));
+  const cuda::Launch launch("merge_states_kernel", grid, dim3(kThreads<In>), 0, stream, cuda::Overlap::kWithPrevious);
+  launch(merge_states_kernel<In, Out, kShareStrides>, make_params<kShareStrides>(args, shape));
 }
 
 template <class In, class Out>
 void launch_for(const MergeStatesArguments& args, const MergeStatesShape& shape, CUstream_st* stream) {
-  if (shape.num_states <= kBatch) {
-    launch<In, Out, kBatch>(args, shape, stream);
+  if (share_strides(args)) {
+    launch<In, Out, true>(args, shape, stream);
   } else {
-    launch<In, Out, kMaxMergeStates>(args, shape, stream);
+    launch<In, Out, false>(args, shape, stream);
   }
 }
 

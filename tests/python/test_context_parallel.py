@@ -75,6 +75,7 @@ def to_numpy(case: Any) -> Any:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("num_ranks", [2, 8])
 @pytest.mark.parametrize(("num_heads_q", "seqlen_q"), [(128, 1), (128, 2), (16, 4)])
 def test_in_turn_with_long_requests(example: Any, num_heads_q: int, seqlen_q: int, num_ranks: int) -> None:
@@ -83,6 +84,7 @@ def test_in_turn_with_long_requests(example: Any, num_heads_q: int, seqlen_q: in
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("torch")
 def test_a_graph_follows_new_lengths(example: Any) -> None:
     """Lengths are set between replays, once for all shards; pages stay where they are."""
     num_ranks, capacity = 4, 2000
@@ -207,6 +209,7 @@ def test_sees_what_is_off(example: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
 def test_ranks_on_gpus(tmp_path: Path, exchange: str, graph: bool) -> None:
@@ -221,6 +224,7 @@ def test_ranks_on_gpus(tmp_path: Path, exchange: str, graph: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("graph", [False, True])
 def test_in_turn_from_the_command_line_on_a_gpu(tmp_path: Path, graph: bool) -> None:
     options = ("--tokens", "131072", "--in-turn", "8", *(["--graph"] if graph else []))

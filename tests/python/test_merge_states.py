@@ -102,6 +102,12 @@ def test_more_than_two_to_the_31_elements(torch: Any) -> None:
     assert_merged(Merge(2, 2, 2, 2), *merge_states(outs, lses), reference(outs, lses), "bfloat16")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch_size", "seqlen_q"), [(70_000, 1), (1, 70_000)])
+def test_more_rows_than_a_grid_is_high(torch: Any, batch_size: int, seqlen_q: int) -> None:
+    check(Merge(2, batch_size, seqlen_q, 1), "cuda")
+
+
 def test_extreme_lse(device: str | None) -> None:
     """lse near the ends of float32: weights neither overflow nor vanish together."""
     for shift in (3e38, -3e38, 1e30, -1e30):
