@@ -7,6 +7,7 @@ device. Importing this package imports none of them.
 from ._C import CudaError as CudaError
 from ._C import Unsupported as Unsupported
 from .decode import flash_mla_with_kvcache as flash_mla_with_kvcache
+from .merge import merge_states as merge_states
 from .plan import FlashMLASchedMeta as FlashMLASchedMeta
 from .plan import get_mla_metadata as get_mla_metadata
 
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "merge_states",
 ]
 
 

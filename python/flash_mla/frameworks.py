@@ -43,9 +43,9 @@ class Framework(ABC):
         """
         return None
 
-    def check_output(self, array: Array, name: str) -> None:
-        """Raises unless the array is one of the library's, and may be written to."""
-        check_framework(self, array, name)
+    def check_output(self, array: Array, name: str, like: str = "q") -> None:
+        """Raises unless the array is one of the library's, as that named ``like`` is, and may be written to."""
+        check_framework(self, array, name, like)
 
     def finish(self, like: Array) -> None:  # noqa: B027 (most libraries have nothing to do here)
         """Called after a launch."""
@@ -143,8 +143,8 @@ class Jax(Framework):
 
         return allocate
 
-    def check_output(self, array: Array, name: str) -> None:
-        super().check_output(array, name)
+    def check_output(self, array: Array, name: str, like: str = "q") -> None:
+        super().check_output(array, name, like)
         raise ValueError(f"{name}: expected None, as JAX arrays are immutable, got one")
 
     def finish(self, like: Array) -> None:
@@ -190,11 +190,14 @@ def framework_of(array: Array, name: str) -> Framework:
     return framework
 
 
-def check_framework(framework: Framework, array: Array, name: str) -> None:
-    """Raises ``TypeError`` where an array belongs to another library; the message starts with ``name``."""
+def check_framework(framework: Framework, array: Array, name: str, like: str = "q") -> None:
+    """Raises ``TypeError`` where an array belongs to another library than that named ``like``.
+
+    The message starts with ``name``.
+    """
     other = framework_of(array, name)
     if other is not framework:
-        raise TypeError(f"{name}: expected an array of {framework.name} as q, got one of {other.name}")
+        raise TypeError(f"{name}: expected an array of {framework.name} as {like}, got one of {other.name}")
 
 
 def _find(array_type: type, name: str) -> Framework:

@@ -44,5 +44,6 @@ NB_MODULE(_C, m) {
         "Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs.");
   flash_mla::bindings::register_plan(m);
   flash_mla::bindings::register_dense_decode(m);
+  flash_mla::bindings::register_merge_states(m);
   flash_mla::bindings::register_ceilings(m);
 }
