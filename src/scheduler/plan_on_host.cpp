@@ -20,7 +20,7 @@ bool keeps_whole(const PlanArguments& args, const SplitPlan& plan) {
 
 /// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none.
 std::int64_t own_quota(const PlanArguments& args, const SplitPlan& plan, const Workload& work) {
-  if (args.batch_size > args.num_parts || args.batch_size == 0) return 0;
+  if (!plans_within_a_warp(args.batch_size, args.num_parts)) return 0;
   for (std::int64_t quota = plan.least_quota(work, args.num_parts); quota <= plan.largest_quota(); ++quota) {
     std::int64_t num_parts = 0;
     for (std::int32_t i = 0; i < args.batch_size; ++i) num_parts += SplitPlan::own_parts(args.cache_seqlens[i], quota);

@@ -159,6 +159,17 @@ def test_plan_of_other_lengths(torch: Any, planned_for: tuple[int, ...]) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_q_tokens_per_head_k", [1, 64, 4096])
+@pytest.mark.parametrize("num_heads_q", [4, 128])
+def test_plan_of_other_extents(torch: Any, num_heads_q: int, num_q_tokens_per_head_k: int) -> None:
+    """With more parts than fit on the GPU at once, CTAs of their own merge."""
+    case = make_case(Spec((2000, 65, 4100), seqlen_q=3, num_heads_q=num_heads_q, causal=True), "cuda")
+    metadata, num_splits = get_mla_metadata(case.cache_seqlens, num_q_tokens_per_head_k, 1)
+    results = decode(case, tile_scheduler_metadata=metadata, num_splits=num_splits)
+    assert_close(*results, *decode_reference(case), f"planned for {num_q_tokens_per_head_k} query tokens")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("low", [-(2**31), 0, -3])
 @pytest.mark.parametrize("seed", range(4))
 def test_garbage_plan_does_no_harm(torch: Any, low: int, seed: int) -> None:

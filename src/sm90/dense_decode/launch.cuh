@@ -22,16 +22,20 @@ void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) 
   static_assert(Storage::kMergeBytes >= Combine<Traits>::kMinSharedBytes, "what merging needs");
   static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(kKernel), sizeof(Storage));
   limit.raise();
-  dim3 grid(params.tiling.num_tiles, params.num_heads_k, params.num_parts);
-  const dim3 block(Traits::kNumThreads);
-  const std::int64_t num_ctas = static_cast<std::int64_t>(grid.x) * grid.y * grid.z;
-  constexpr auto kOverlap = cuda::Overlap::kWithPrevious;
-  if (num_ctas <= cuda::device_properties(cuda::current_device()).num_sms &&
-      cuda::Launch("dense_decode", grid, block, sizeof(Storage), stream, kOverlap).all_resident(kKernel, params)) {
+  const auto decode = [&](int num_parts) {
+    const dim3 grid(params.tiling.num_tiles, params.num_heads_k, num_parts);
+    return cuda::Launch("dense_decode", grid, dim3(Traits::kNumThreads), sizeof(Storage), stream,
+                        cuda::Overlap::kWithPrevious);
+  };
+  if (params.num_parts == 1) {  // nothing is split
+    decode(1)(kKernel, params);
     return;
   }
-  grid.z *= 2;
-  cuda::Launch("dense_decode", grid, block, sizeof(Storage), stream, kOverlap)(kKernel, params);
+  const std::int64_t num_ctas =
+      static_cast<std::int64_t>(params.tiling.num_tiles) * params.num_heads_k * params.num_parts;
+  const bool may_fit = num_ctas <= cuda::device_properties(cuda::current_device()).num_sms;
+  if (may_fit && decode(params.num_parts).all_resident(kKernel, params)) return;
+  decode(2 * params.num_parts)(kKernel, params);
 }
 
 }  // namespace flash_mla::sm90
