@@ -28,7 +28,7 @@ def collect() -> dict[str, Any]:
         "gpus": [{**asdict(gpu), "is_hopper": gpu.is_hopper} for gpu in gpus],
         "runs_on": "gpu" if reason is None else "cpu",
         "why_not_gpu": reason,
-        "libraries": {name: _version_of(name) for name in _ARRAY_LIBRARIES},
+        "libraries": _array_libraries(),
     }
 
 
@@ -99,8 +99,8 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _version_of(name: str) -> str | None:
-    """The version of an installed library, found without importing it."""
-    for distribution in metadata.packages_distributions().get(name, ()):
-        return metadata.version(distribution)
-    return None
+def _array_libraries() -> dict[str, str | None]:
+    """Versions of the libraries that are installed, found without importing them."""
+    distributions = metadata.packages_distributions()
+    found = {name: distributions.get(name, []) for name in _ARRAY_LIBRARIES}
+    return {name: metadata.version(names[0]) if names else None for name, names in found.items()}
