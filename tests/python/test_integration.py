@@ -173,7 +173,7 @@ def fake_vllm(
 
 @pytest.mark.parametrize("descales", [False, True])
 def test_vllm_with_arrays(descales: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.8 to 0.10.1, then 0.11 to 0.13."""
+    """vLLM 0.8 to 0.10.1, then 0.11 to 0.14."""
     backend = fake_vllm(monkeypatch, arrays_vllm_0_11 if descales else arrays_vllm_0_8, check="is_flashmla_supported")
     vllm.install()
     host, case = host_case(SPEC)
@@ -316,7 +316,7 @@ def test_sglang_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deepseek_callers_need_nothing() -> None:
-    """SGLang before 0.5, and whoever else imports flash_mla itself."""
+    """SGLang until October 2025, and whoever else imports flash_mla itself."""
     host, case = host_case(SPEC)
     metadata, num_splits = flash_mla.get_mla_metadata(case.cache_seqlens, 2 * 16, 1)
     out, lse = vllm_call(

@@ -26,7 +26,7 @@ def decode_with_descales(
     is_fp8_kvcache: bool = False,
     indices: Array | None = None,
 ) -> tuple[Array, Array]:
-    """``flash_mla.flash_mla_with_kvcache`` with the two more arguments that vLLM 0.10 to 0.13 and SGLang have.
+    """``flash_mla.flash_mla_with_kvcache`` with the two more arguments that vLLM 0.10.2 to 0.14 and SGLang have.
 
     ``descale_q`` and ``descale_k`` belong to float8 arrays: vLLM passes them with every call, and beside bfloat16 and
     float16 they have no effect.

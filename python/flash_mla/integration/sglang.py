@@ -1,6 +1,6 @@
 """FlashMLA as SGLang's MLA backend calls it, with the signatures of ``sgl_kernel.flash_mla``.
 
-SGLang before 0.5 imports ``flash_mla`` itself and needs none of this.
+Until October 2025 SGLang imported ``flash_mla`` itself: such a version needs none of this.
 """
 
 from __future__ import annotations

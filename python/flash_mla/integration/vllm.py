@@ -1,8 +1,8 @@
 """FlashMLA as vLLM's dense MLA backend calls it, with the signatures of vLLM's own module ``ops/flashmla.py``.
 
-Three forms are known: vLLM before 0.10.2 and from 0.11 on (arrays of a plan), 0.10.2 (the same, results without the
-dimension of one query), and the newest (a ``FlashMLASchedMeta``, which the first layer of a step fills). The functions
-below have the newest form; ``install()`` finds out which one is needed.
+Three forms are known: that of vLLM up to 0.14 (arrays of a plan), that of 0.10.2 (the same, results without the
+dimension of one query), and that of 0.15 and newer (a ``FlashMLASchedMeta``, which a step's first layer fills). The
+functions below have the newest form; ``install()`` finds out which one is needed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def is_flashmla_dense_supported() -> tuple[bool, str | None]:
 
 
 is_flashmla_supported = is_flashmla_dense_supported
-"""The name before vLLM 0.11.1."""
+"""The name up to vLLM 0.11.0."""
 
 
 def is_flashmla_sparse_supported() -> tuple[bool, str | None]:
