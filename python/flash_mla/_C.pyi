@@ -17,6 +17,9 @@ class Bfloat16Bits:
 
     def __init__(self, bits: object) -> None: ...
 
+def build_info() -> dict[str, str]:
+    """How this module was built: version, commit, cuda, nvcc, architectures, compiler."""
+
 def find_torch(tensor_type: object) -> None:
     """Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs."""
 

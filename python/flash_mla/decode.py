@@ -49,7 +49,7 @@ def flash_mla_with_kvcache(
     cache_seqlens : array of int32, shape (batch,)
         Tokens in each request's cache. 0 is legal.
     head_dim_v : int
-        512.
+        Must be 512.
     tile_scheduler_metadata, num_splits : optional
         What ``get_mla_metadata`` returned for these ``cache_seqlens``. Left out, the call plans by itself, on the
         device.

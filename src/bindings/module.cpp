@@ -42,6 +42,7 @@ NB_MODULE(_C, m) {
           nb::arg("bits"));
   m.def("find_torch", flash_mla::bindings::torch::find, nb::arg("tensor_type"),
         "Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs.");
+  flash_mla::bindings::register_build_info(m);
   flash_mla::bindings::register_plan(m);
   flash_mla::bindings::register_dense_decode(m);
   flash_mla::bindings::register_merge_states(m);
