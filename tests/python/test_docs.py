@@ -15,12 +15,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 CPP_FOLDERS = ("src/api", "src/bindings", "src/cpu", "src/cuda")
-PYTHON_FILES = ("cuda", "decode", "frameworks", "info", "plan", "integration/_shared", "integration/vllm")
+PYTHON_FILES = ("cuda", "decode", "frameworks", "info", "merge", "plan", "integration/_shared", "integration/vllm")
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree")
 
 STRING = r'"(?:[^"\\]|\\.)*"'
-THROWING = re.compile(rf"(?:\bthrow \w[\w:]*|\bfail|\brefuse)\((?:[^;\"]|{STRING})*\);")
+THROWING = re.compile(rf"(?:\bthrow \w[\w:]*|\bfail(?:_\w+)?|\brefuse)\((?:[^;\"]|{STRING})*\);")
 MADE_OF_TEXT = (ast.BinOp, ast.Constant, ast.IfExp, ast.JoinedStr, ast.Tuple)
 MIN_LENGTH = 8  # shorter pieces of a message, such as ", got ", say nothing
 
@@ -67,7 +67,7 @@ def test_finds_the_messages() -> None:
     for message in (
         "strides that keep its elements apart",
         "no usable CUDA driver",
-        "dense decode on a GPU needs a Hopper GPU (compute capability 9.0",
+        "the kernels need a Hopper GPU (compute capability 9.0",
         "the CUDA driver sees no GPU",
         "flash_mla needs a CUDA device",
         "cannot be read through DLPack",
@@ -75,6 +75,7 @@ def test_finds_the_messages() -> None:
         "there is no CUDA driver: libcuda.so.1 is not found",
         "the kernels need a Hopper GPU (compute capability 9.0), found",
         "workspace: expected at least",
+        "bfloat16, float16 or float32",
     ):
         assert message in messages
 
