@@ -136,7 +136,8 @@ void measure_pieces(const DenseDecodeArguments& args, cudaStream_t stream) {
                                        DType::kBFloat16,
                                        {kHeadDimQk, 64, 1, 1},
                                        {kHeadDimQk, kHeadDimQk, kHeadDimQk},
-                                       {64, 64, 1, 1}};
+                                       {64, 64, 1, 1},
+                                       /*fetches_ahead=*/true};
     cuda::make_tensor_map(map);
     cuda::make_tensor_map(map);
   });
