@@ -33,8 +33,8 @@ struct DenseDecodeArguments {
   /// Out: (batch, num_heads_q, seqlen_q), float32, strides that keep its elements apart: natural log of the sum of
   /// exp(softmax_scale * q.k); +inf for rows with no key to see.
   Tensor lse;
-  /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8), of 1 to 160 rows, and (batch + 1,), int32,
-  /// contiguous. Leave both out, and the call plans by itself, on the device. Both are ignored on the CPU.
+  /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8), of 1 to 160 rows, and (batch + 1,),
+  /// int32, contiguous. Leave both out, and the call plans by itself, on the device. Both are ignored on the CPU.
   Tensor tile_scheduler_metadata;
   Tensor num_splits;
   /// Finite and above 0.
