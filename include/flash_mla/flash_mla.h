@@ -4,5 +4,6 @@
 
 #include "flash_mla/dense_decode.h"  // IWYU pragma: export
 #include "flash_mla/error.h"         // IWYU pragma: export
+#include "flash_mla/merge_states.h"  // IWYU pragma: export
 #include "flash_mla/plan.h"          // IWYU pragma: export
 #include "flash_mla/tensor.h"        // IWYU pragma: export

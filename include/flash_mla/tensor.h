@@ -1,7 +1,9 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "flash_mla/export.h"
 
@@ -10,7 +12,8 @@ struct CUstream_st;
 
 namespace flash_mla {
 
-/// Element types. The library computes on kBFloat16 and kFloat16; the others exist so that an error can name them.
+/// Element types. The library computes on kBFloat16, kFloat16 and kFloat32; the others exist so that an error can name
+/// them.
 enum class DType : std::uint8_t {
   kBFloat16,
   kFloat16,
@@ -33,6 +36,34 @@ enum class DType : std::uint8_t {
 /// "bfloat16", "int32", ...
 FLASH_MLA_API const char* dtype_name(DType dtype) noexcept;
 
+/// Bytes of an element, 0 for kOther.
+constexpr std::size_t dtype_size(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::kFloat8E4M3:
+    case DType::kFloat8E5M2:
+    case DType::kInt8:
+    case DType::kUInt8:
+    case DType::kBool:
+      return 1;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kInt16:
+    case DType::kUInt16:
+      return 2;
+    case DType::kFloat32:
+    case DType::kInt32:
+    case DType::kUInt32:
+      return 4;
+    case DType::kFloat64:
+    case DType::kInt64:
+    case DType::kUInt64:
+      return 8;
+    case DType::kOther:
+      break;
+  }
+  return 0;
+}
+
 enum class DeviceType : std::uint8_t { kCpu, kCuda };
 
 /// Where a tensor's memory is. `index` is the CUDA device ordinal, 0 for the CPU.
@@ -45,7 +76,7 @@ constexpr bool operator==(Device a, Device b) noexcept { return a.type == b.type
 constexpr bool operator!=(Device a, Device b) noexcept { return !(a == b); }
 
 /// The largest number of dimensions of any argument.
-constexpr int kMaxRank = 4;
+constexpr int kMaxRank = 5;
 
 /// A view of memory that somebody else owns. Strides are in elements. A default-constructed Tensor (rank 0, no data)
 /// stands for an argument left out.
@@ -64,7 +95,7 @@ struct Tensor {
 /// A row-major view. `shape` holds `rank` extents.
 template <class... Extents>
 Tensor make_tensor(void* data, DType dtype, Device device, Extents... shape) {
-  static_assert(sizeof...(shape) >= 1 && sizeof...(shape) <= kMaxRank, "rank 1 to 4");
+  static_assert(sizeof...(shape) >= 1 && sizeof...(shape) <= kMaxRank, "rank 1 to 5");
   Tensor t;
   t.data = data;
   t.dtype = dtype;
@@ -78,6 +109,28 @@ Tensor make_tensor(void* data, DType dtype, Device device, Extents... shape) {
     stride *= extents[i];
   }
   return t;
+}
+
+/// The tensors that lie along a tensor's first dimension: views of the same memory, of one dimension less. None for a
+/// tensor without dimensions.
+inline std::vector<Tensor> unstack(const Tensor& stacked) {
+  std::vector<Tensor> tensors;
+  if (stacked.rank == 0) return tensors;
+  Tensor t = stacked;
+  t.rank = stacked.rank - 1;
+  for (int i = 0; i < kMaxRank; ++i) {
+    t.shape[i] = i < t.rank ? stacked.shape[i + 1] : 0;
+    t.strides[i] = i < t.rank ? stacked.strides[i + 1] : 0;
+  }
+  // Unsigned, as a stride may be anything here: whoever uses the views checks them.
+  const std::uintptr_t step = static_cast<std::uintptr_t>(stacked.strides[0]) * dtype_size(stacked.dtype);
+  for (std::int64_t i = 0; i < stacked.shape[0]; ++i) {
+    t.data = stacked.data == nullptr ? nullptr
+                                     : reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(stacked.data) +
+                                                               static_cast<std::uintptr_t>(i) * step);
+    tensors.push_back(t);
+  }
+  return tensors;
 }
 
 }  // namespace flash_mla

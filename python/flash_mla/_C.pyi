@@ -6,7 +6,7 @@ or ``TypeError`` naming the argument for a wrong one, ``Unsupported`` where this
 ``CudaError`` where CUDA fails.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 class Unsupported(RuntimeError): ...  # noqa: N818
@@ -102,6 +102,19 @@ def dense_decode(
 
     ``stream`` and ``allocate``, (num_bytes) -> uint8 array, serve array types without DLPack's exchange table; for
     others the stream and the workspace come from their library.
+    """
+
+def merge_states(
+    outs: object | Sequence[object],
+    lses: object | Sequence[object],
+    out: object,
+    lse: object,
+    stream: int | None = None,
+) -> None:
+    """Merges states into out and lse.
+
+    ``outs`` and ``lses`` are lists (or tuples) of arrays, or arrays that hold all states along their first dimension.
+    ``stream`` serves array types without DLPack's exchange table.
     """
 
 def launch_hbm_read(buffer: object, stream: int | None = None) -> int:

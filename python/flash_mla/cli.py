@@ -1,5 +1,5 @@
 """The command ``flash-mla``: ``demo`` decodes and checks a few batches, ``info`` says what is installed, ``bench``
-measures.
+measures. ``--cmake-dir`` and the like say where the C++ library lies.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from . import __version__, cuda
+from . import __version__, cuda, installed
 from .benchmark import command as command_line
 
 _ARRAY_LIBRARIES = ("torch", "cupy", "jax", "numpy", "ml_dtypes")
@@ -22,6 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failed check, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="flash-mla", description="MLA decoding on NVIDIA Hopper GPUs.")
     parser.add_argument("--version", action="version", version=f"flash-mla {__version__}")
+    for option, folder, use in (
+        ("--cmake-dir", installed.cmake_dir(), "CMake (CMAKE_PREFIX_PATH or flash_mla_DIR)"),
+        ("--pkg-config-dir", installed.pkg_config_dir(), "pkg-config (PKG_CONFIG_PATH)"),
+        ("--include-dir", installed.include_dir(), "the C++ compiler (-I)"),
+        ("--library-dir", installed.library_dir(), "the linker (-L)"),
+    ):
+        parser.add_argument(option, action=_PrintFolder, folder=folder, help=f"print the folder for {use} and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("demo", _demo, "decode a paged batch and check it against a float64 oracle; exit code 1 if it is off"),
@@ -41,6 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     exit_code: int = options.command(options)
     return exit_code
+
+
+class _PrintFolder(argparse.Action):
+    """Prints a folder and ends the command, as ``--version`` does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, folder: Path, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._folder = folder
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self._folder)
+        parser.exit()
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from . import _C, frameworks
-from .frameworks import HEAD_DIM_V, Array, DecodeCall, Operations, check_framework, framework_of
+from .calls import HEAD_DIM_V, Array, DecodeCall
+from .frameworks import Operations, check_framework, framework_of
 from .plan import FlashMLASchedMeta
 
 

@@ -10,9 +10,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from . import _C
+from .calls import METADATA_SIZE, Array, DecodeCall, MergeCall
 
 
 def _is_read_by_dynamo() -> bool:
@@ -23,66 +24,7 @@ def _is_read_by_dynamo() -> bool:
 # Every call of ours asks: with PyTorch at hand, PyTorch's own function stands here, which takes a fifth of the time.
 is_read_by_dynamo: Callable[[], bool] = _is_read_by_dynamo
 
-# An array of any of the libraries: they share no base class.
-Array = Any
-
 Result = TypeVar("Result")
-
-HEAD_DIM_V = 512
-METADATA_SIZE = 8  # int32 values of a row of tile_scheduler_metadata
-
-
-class DecodeCall(NamedTuple):
-    """The arguments of a call as ``flash_mla_with_kvcache`` names them, the plan as its two arrays."""
-
-    q: Array
-    k_cache: Array
-    block_table: Array
-    cache_seqlens: Array
-    out: Array | None
-    lse: Array | None
-    tile_scheduler_metadata: Array | None
-    num_splits: Array | None
-    softmax_scale: float
-    causal: bool
-
-    @property
-    def arrays(self) -> tuple[Array | None, ...]:
-        """All but the two options."""
-        return self[:-2]
-
-    def with_plan(self, tile_scheduler_metadata: Array | None, num_splits: Array | None) -> DecodeCall:
-        """The same call with another plan. (PyTorch before 2.7 can't compile ``_replace``.)"""
-        return DecodeCall(
-            self.q,
-            self.k_cache,
-            self.block_table,
-            self.cache_seqlens,
-            self.out,
-            self.lse,
-            tile_scheduler_metadata,
-            num_splits,
-            self.softmax_scale,
-            self.causal,
-        )
-
-    def map_arrays(self, function: Callable[[Array], Any]) -> DecodeCall:
-        """The same call on what the function makes of each array."""
-        arrays = (None if array is None else function(array) for array in self.arrays)
-        return DecodeCall._make((*arrays, self.softmax_scale, self.causal))
-
-    def result_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of out and lse.
-
-        Raises
-        ------
-        ValueError
-            where q has another number of dimensions than 4.
-        """
-        if len(self.q.shape) != 4:
-            raise ValueError(f"q: expected shape (batch, seqlen_q, num_heads_q, 576), got {tuple(self.q.shape)}")
-        batch_size, seqlen_q, num_heads_q, _ = self.q.shape
-        return (batch_size, seqlen_q, num_heads_q, HEAD_DIM_V), (batch_size, num_heads_q, seqlen_q)
 
 
 class Operations(Protocol):
@@ -102,15 +44,19 @@ class Operations(Protocol):
     ) -> tuple[Array, Array]:
         """(tile_scheduler_metadata, num_splits)"""
 
+    @abstractmethod
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        """(out, lse): the call's, or new arrays where it has none."""
+
 
 class Framework(Operations, ABC):
     """An array library. The methods' arrays are its own."""
 
     name: str
 
-    def check_output(self, array: Array, name: str) -> None:
-        """Raises unless the array is one of the library's, and may be written to."""
-        check_framework(self, array, name)
+    def check_output(self, array: Array, name: str, like: str = "q") -> None:
+        """Raises unless the array is one of the library's, as that named ``like`` is, and may be written to."""
+        check_framework(self, array, name, like)
 
 
 class DLPackFramework(Framework):
@@ -151,6 +97,20 @@ class DLPackFramework(Framework):
         num_splits = self.empty(cache_seqlens, (cache_seqlens.shape[0] + 1,), "int32")
         self.call(_C.plan_dense_decode, (cache_seqlens, metadata, num_splits), self.stream(cache_seqlens))
         return metadata, num_splits
+
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        like = call.outs.arrays[0]
+        out_shape, lse_shape = call.result_shapes()
+        out = self.empty(like, out_shape) if call.out is None else call.out
+        lse = self.empty(like, lse_shape, "float32") if call.lse is None else call.lse
+
+        def launch(*arrays: Any) -> None:
+            *states, out, lse, stream = arrays
+            outs, lses = states[: len(call.outs.arrays)], states[len(call.outs.arrays) :]
+            _C.merge_states(call.outs.regroup(outs), call.lses.regroup(lses), out, lse, stream)
+
+        self.call(launch, (*call.states(), out, lse), self.stream(like))
+        return out, lse
 
 
 class TorchMemory(DLPackFramework):
@@ -209,6 +169,9 @@ class PyTorch(Framework):
         self, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int
     ) -> tuple[Array, Array]:
         return self._operations(cache_seqlens).plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        return self._operations(*call.states(), call.out, call.lse).merge_states(call)
 
     def _operations(self, *arrays: Array | None) -> Operations:
         if all(array is None or _C.torch_can_read(array) for array in arrays):
@@ -288,11 +251,14 @@ def framework_of(array: Array, name: str) -> Framework:
     return framework
 
 
-def check_framework(framework: Framework, array: Array, name: str) -> None:
-    """Raises ``TypeError`` where an array belongs to another library; the message starts with ``name``."""
+def check_framework(framework: Framework, array: Array, name: str, like: str = "q") -> None:
+    """Raises ``TypeError`` where an array belongs to another library than that named ``like``.
+
+    The message starts with ``name``.
+    """
     other = framework_of(array, name)
     if other is not framework:
-        raise TypeError(f"{name}: expected an array of {framework.name} as q, got one of {other.name}")
+        raise TypeError(f"{name}: expected an array of {framework.name} as {like}, got one of {other.name}")
 
 
 def take_note_of_torch() -> None:

@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import Any
 
 from . import _C
-from .frameworks import METADATA_SIZE, Array, DecodeCall, Framework
+from .calls import METADATA_SIZE, Array, DecodeCall, MergeCall
+from .frameworks import Framework
 
-_DECODE, _PLAN = "flash_mla_dense_decode", "flash_mla_plan_dense_decode"
+_DECODE, _PLAN, _MERGE = "flash_mla_dense_decode", "flash_mla_plan_dense_decode", "flash_mla_merge_states"
 
 
 class Jax(Framework):
@@ -30,9 +31,10 @@ class Jax(Framework):
         # Compiled once for each set of shapes; inside another jit they are inlined.
         self._decode = jax.jit(self._call_decode, static_argnames=("softmax_scale", "causal"), inline=True)
         self._plan = jax.jit(self._call_plan, static_argnames="num_sm_parts", inline=True)
+        self._merge = jax.jit(self._call_merge, static_argnames=("num_outs", "result_shapes"), inline=True)
 
-    def check_output(self, array: Array, name: str) -> None:
-        super().check_output(array, name)
+    def check_output(self, array: Array, name: str, like: str = "q") -> None:
+        super().check_output(array, name, like)
         raise ValueError(f"{name}: expected None, as JAX arrays are immutable, got one")
 
     def check_dense_decode(self, call: DecodeCall) -> None:
@@ -54,6 +56,12 @@ class Jax(Framework):
         metadata, num_splits = self._plan(cache_seqlens, num_sm_parts=self._num_sm_parts(cache_seqlens, *extents))
         return metadata, num_splits
 
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        call.check_shapes(lambda array: str(array.dtype))
+        num_outs = len(call.outs.arrays)
+        out, lse = self._merge(*call.states(), num_outs=num_outs, result_shapes=call.result_shapes())
+        return out, lse
+
     def _call_decode(self, *arrays: Array, softmax_scale: float, causal: bool) -> tuple[Array, Array]:
         """arrays: q, k_cache, block_table, cache_seqlens and perhaps the two of a plan."""
         plan = arrays[4:] or (None, None)
@@ -74,6 +82,16 @@ class Jax(Framework):
         results = tuple(self._result(shape, "int32") for shape in shapes)
         metadata, num_splits = self._ffi.ffi_call(_PLAN, results)(cache_seqlens)
         return metadata, num_splits
+
+    def _call_merge(
+        self, *arrays: Array, num_outs: int, result_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[Array, Array]:
+        """arrays: those of outs, then those of lses."""
+        out_shape, lse_shape = result_shapes
+        results = self._result(out_shape, arrays[0].dtype), self._result(lse_shape, "float32")
+        count = self._jax.numpy.int32.dtype.type(num_outs)
+        out, lse = self._ffi.ffi_call(_MERGE, results)(*arrays, num_outs=count)
+        return out, lse
 
     def _result(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return self._jax.ShapeDtypeStruct(shape, dtype)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from . import _C, frameworks
-from .frameworks import Array, framework_of
+from .calls import Array
+from .frameworks import framework_of
 
 
 @dataclass

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from . import _C
-from .frameworks import METADATA_SIZE, Array, DecodeCall, TorchMemory
+from .calls import METADATA_SIZE, Array, DecodeCall, MergeCall, States
+from .frameworks import TorchMemory
 
 torch: Any = import_module("torch")
 
@@ -27,6 +28,8 @@ _SCHEMAS = (
     f"dense_decode_into{_DECODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     "plan_dense_decode(Tensor cache_seqlens, SymInt num_q_tokens_per_head_k, SymInt num_heads_k) "
     "-> (Tensor tile_scheduler_metadata, Tensor num_splits)",
+    "merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+    "merge_states_into(Tensor[] outs, Tensor[] lses, Tensor(a!) out, Tensor(b!) lse) -> ()",
 )
 
 
@@ -73,6 +76,21 @@ def plan_dense_decode(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_he
     return metadata, num_splits
 
 
+def merge_states(call: MergeCall) -> tuple[Array, Array]:
+    """(out, lse): the call's, or new tensors where it has none."""
+    out_shape, lse_shape = call.result_shapes()
+    outs, lses = (
+        list(states.arrays) if states.is_list else list(states.arrays[0].unbind(0)) for states in (call.outs, call.lses)
+    )
+    if call.out is None and call.lse is None:
+        out, lse = torch.ops.flash_mla.merge_states.default(outs, lses)
+        return out, lse
+    out = outs[0].new_empty(out_shape) if call.out is None else call.out
+    lse = outs[0].new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
+    torch.ops.flash_mla.merge_states_into.default(outs, lses, out, lse)
+    return out, lse
+
+
 # What runs on tensors that have memory.
 
 
@@ -89,6 +107,20 @@ def _plan(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) 
     if plan is None:
         plan = _memory.plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     return plan
+
+
+def _merge(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
+    return _memory.merge_states(_to_merge_call(outs, lses))
+
+
+def _merge_into(outs: list[Array], lses: list[Array], out: Array, lse: Array) -> None:
+    _memory.merge_states(_to_merge_call(outs, lses, out, lse))
+
+
+def _to_merge_call(
+    outs: list[Array], lses: list[Array], out: Array | None = None, lse: Array | None = None
+) -> MergeCall:
+    return MergeCall(States("outs", outs, True), States("lses", lses, True), out, lse)
 
 
 def _to_call(
@@ -135,6 +167,17 @@ def _plan_shapes(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k
     return metadata, cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,))
 
 
+def _merge_shapes(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
+    call = _to_merge_call(outs, lses)
+    call.check_shapes(_dtype_name)
+    out_shape, lse_shape = call.result_shapes()
+    return outs[0].new_empty(out_shape), outs[0].new_empty(lse_shape, dtype=torch.float32)
+
+
+def _merge_into_shapes(outs: list[Array], lses: list[Array], out: Array, lse: Array) -> None:
+    _to_merge_call(outs, lses).check_shapes(_dtype_name)
+
+
 def _num_sm_parts(device: Any, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
     """A number where the device is there to be asked, else a symbol: of any device that the program will run on."""
     if device.type == "meta":
@@ -160,7 +203,11 @@ def _describe(tensor: Array) -> _C.ShapeDType | None:
     """None where the shape isn't known."""
     if any(isinstance(extent, torch.SymInt) for extent in tensor.shape):
         return None
-    return _C.ShapeDType(list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return _C.ShapeDType(list(tensor.shape), _dtype_name(tensor))
+
+
+def _dtype_name(tensor: Array) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _register() -> None:
@@ -169,6 +216,8 @@ def _register() -> None:
         "dense_decode": (_decode, _decode_shapes),
         "dense_decode_into": (_decode_into, _decode_into_shapes),
         "plan_dense_decode": (_plan, _plan_shapes),
+        "merge_states": (_merge, _merge_shapes),
+        "merge_states_into": (_merge_into, _merge_into_shapes),
     }
     for schema in _SCHEMAS:
         name = schema.partition("(")[0]

@@ -48,7 +48,9 @@ std::size_t workspace_size(nb::handle q, nb::handle k_cache, nb::handle block_ta
             ArrayView::optional("lse", lse, Access::kWrite), tile_scheduler_metadata, num_splits, softmax_scale,
             causal);
   DenseDecodeArguments& args = call.args;
-  const auto [batch_size, seqlen_q, num_heads_q, head_dim_qk] = args.q.shape;
+  const std::int64_t batch_size = args.q.shape[0];
+  const std::int64_t seqlen_q = args.q.shape[1];
+  const std::int64_t num_heads_q = args.q.shape[2];
   if (!args.out) {
     args.out = make_tensor(nullptr, args.q.dtype, args.q.device, batch_size, seqlen_q, num_heads_q, kHeadDimV);
   }
@@ -114,7 +116,9 @@ bool agree(nb::handle extents, const DenseDecodeArguments& args) {
 /// PyTorch cannot allocate. Needs no GIL.
 bool allocate_and_decode(DenseDecodeArguments& args, torch::NewTensor& out, torch::NewTensor& lse,
                          CUstream_st* stream) {
-  const auto [batch_size, seqlen_q, num_heads_q, head_dim_qk] = args.q.shape;
+  const std::int64_t batch_size = args.q.shape[0];
+  const std::int64_t seqlen_q = args.q.shape[1];
+  const std::int64_t num_heads_q = args.q.shape[2];
   if (!args.out) {
     out = torch::NewTensor(args.q.dtype, args.q.device, {batch_size, seqlen_q, num_heads_q, kHeadDimV});
     if (!out) return false;

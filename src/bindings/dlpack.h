@@ -42,7 +42,7 @@ Tensor to_tensor(const char* name, const dlpack::dltensor& source);
 ///
 /// Array types with DLPack's exchange table (PyTorch 2.11 and later) are read through it, others through `__dlpack__`,
 /// asked not to synchronise; a DLPack capsule, Bfloat16Bits and ShapeDType are taken too. The constructor throws
-/// InvalidArgument or InvalidType, naming the argument, for what isn't an array of 1 to 4 dimensions on a CPU or CUDA
+/// InvalidArgument or InvalidType, naming the argument, for what isn't an array of 1 to 5 dimensions on a CPU or CUDA
 /// device.
 class ArrayView {
  public:

@@ -54,6 +54,7 @@ NB_MODULE(_C, m) {
         "Whether the short way takes this array, on this thread, now.");
   flash_mla::bindings::register_plan(m);
   flash_mla::bindings::register_dense_decode(m);
+  flash_mla::bindings::register_merge_states(m);
   flash_mla::bindings::register_ceilings(m);
   flash_mla::bindings::register_xla_ffi(m);
 }

@@ -4,12 +4,13 @@
 #include <new>
 #include <string>
 #include <string_view>
-#include <utility>
+#include <vector>
 
 #include "bindings/register.h"
 #include "bindings/xla_ffi_abi.h"
 #include "flash_mla/dense_decode.h"
 #include "flash_mla/error.h"
+#include "flash_mla/merge_states.h"
 #include "flash_mla/plan.h"
 
 // The operations as XLA's custom calls. XLA calls the handlers on threads of its own, without the GIL.
@@ -152,6 +153,39 @@ void plan(const Call& call) {
                     call.result("num_splits", 1), call.stream());
 }
 
+/// The arrays of `count` arguments from `first` on, or where it is one array that holds all states, those along its
+/// first dimension.
+std::vector<Tensor> states(const Call& call, const std::string& name, int first, int count, int rank) {
+  std::vector<Tensor> tensors;
+  for (int i = 0; i < count; ++i) {
+    tensors.push_back(call.argument((name + "[" + std::to_string(i) + "]").c_str(), first + i));
+  }
+  const bool is_stacked = count == 1 && tensors[0].rank == rank + 1;
+  return is_stacked ? unstack(tensors[0]) : tensors;
+}
+
+/// (outs..., lses...) -> (out, lse)
+void merge(const Call& call) {
+  constexpr int kOutRank = 4;
+  constexpr int kLseRank = 3;
+  const int num_arguments = static_cast<int>(call.num_arguments());
+  const auto num_outs = call.attribute<std::int32_t>("num_outs", DataType::kInt32);
+  if (num_outs < 1 || num_outs >= num_arguments) {
+    throw InvalidArgument("num_outs: expected 1 to " + std::to_string(num_arguments - 1) + ", got " +
+                          std::to_string(num_outs));
+  }
+  call.expect(num_arguments, 2);
+  const std::vector<Tensor> outs = states(call, "outs", 0, num_outs, kOutRank);
+  const std::vector<Tensor> lses = states(call, "lses", num_outs, num_arguments - num_outs, kLseRank);
+  if (outs.size() != lses.size()) {
+    throw InvalidArgument("lses: expected " + std::to_string(outs.size()) + " states as outs, got " +
+                          std::to_string(lses.size()));
+  }
+  merge_states(
+      {outs.data(), lses.data(), static_cast<std::int64_t>(outs.size()), call.result("out", 0), call.result("lse", 1)},
+      call.stream());
+}
+
 xla_ffi::Error* make_error(const Api& api, ErrorCode code, const char* message) {
   CreateErrorArgs args{sizeof(CreateErrorArgs), nullptr, message, code};
   return api.create_error(&args);
@@ -198,6 +232,7 @@ nb::dict handlers() {
   nb::dict by_name;
   by_name["flash_mla_dense_decode"] = to_capsule(handle<decode, platform>);
   by_name["flash_mla_plan_dense_decode"] = to_capsule(handle<plan, platform>);
+  by_name["flash_mla_merge_states"] = to_capsule(handle<merge, platform>);
   return by_name;
 }
 

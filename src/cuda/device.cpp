@@ -21,7 +21,7 @@ DeviceProperties read_properties(int device) {
   if (status != cudaSuccess) {
     (void)cudaGetLastError();
     throw Unsupported(std::string("no usable CUDA driver: ") + cudaGetErrorString(status) +
-                      "; dense decode on a GPU needs a Hopper GPU (compute capability 9.0)");
+                      "; the kernels need a Hopper GPU (compute capability 9.0)");
   }
   if (device >= count) {
     throw Unsupported("device: expected a CUDA device below " + std::to_string(count) + ", got " +

@@ -26,10 +26,12 @@ class Launch {
     config_.blockDim = block;
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
-    attribute_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute_.val.programmaticStreamSerializationAllowed = 1;
-    config_.attrs = &attribute_;
-    config_.numAttrs = overlap == Overlap::kWithPrevious ? 1 : 0;
+    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[0].val.programmaticStreamSerializationAllowed = overlap == Overlap::kWithPrevious ? 1 : 0;
+    attributes_[1].id = cudaLaunchAttributeCooperative;
+    attributes_[1].val.cooperative = 1;
+    config_.attrs = attributes_;
+    config_.numAttrs = 1;
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
@@ -37,14 +39,33 @@ class Launch {
   /// CUDA copies the arguments once, from where they are.
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) const {
-    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    check(cudaLaunchKernelExC(&config_, reinterpret_cast<const void*>(kernel), addresses), name_);
+    check(launch(kernel, arguments...), name_);
+  }
+
+  /// A cooperative launch: all CTAs are resident at the same time, so that they may wait for each other. False, and
+  /// nothing launched, where the stream's SMs do not hold them.
+  template <class... Parameters>
+  bool all_resident(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) {
+    config_.numAttrs = 2;
+    const cudaError_t status = launch(kernel, arguments...);
+    if (status == cudaErrorCooperativeLaunchTooLarge) {
+      (void)cudaGetLastError();
+      return false;
+    }
+    check(status, name_);
+    return true;
   }
 
  private:
+  template <class... Parameters>
+  cudaError_t launch(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) const {
+    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    return cudaLaunchKernelExC(&config_, reinterpret_cast<const void*>(kernel), addresses);
+  }
+
   const char* name_;
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute attribute_{};
+  cudaLaunchAttribute attributes_[2]{};
 };
 
 /// Lets a kernel have more dynamic shared memory than by default, on each device that it is launched on.

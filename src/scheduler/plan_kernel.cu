@@ -2,6 +2,7 @@
 
 #include "cuda/launch.h"
 #include "scheduler/plan.h"
+#include "scheduler/warp_plan.cuh"
 #include "sm90/ptx/grid.cuh"
 
 namespace flash_mla::scheduler {
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
     __syncthreads();
     if (args.batch_size <= kMaxBatchKeptWhole && keeps_whole(plan, offsets, args.batch_size)) {
       for (int part = threadIdx.x; part < args.num_parts; part += kThreads) {
-        plan.write_whole(args.parts, part, args.batch_size);
+        plan.write_whole(args.parts[part], part, args.batch_size);
       }
       for (int i = threadIdx.x; args.num_splits != nullptr && i <= args.batch_size; i += kThreads)
         args.num_splits[i] = i;
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
     const std::int64_t last_cut = plan.first_cut_from(chunk_offset + chunk_cost);
     for (std::int64_t part = plan.first_cut_from(chunk_offset) + threadIdx.x; part < last_cut; part += kThreads) {
       const int i = find_request(offsets, count, plan.cut(part));
-      plan.write_cut(args.parts, part, begin + i, offsets[i], offsets[i + 1]);
+      plan.write_cut(part > 0 ? &args.parts[part - 1] : nullptr, &args.parts[part], part, begin + i, offsets[i],
+                     offsets[i + 1]);
     }
     chunk_offset += chunk_cost;
     __syncthreads();  // offsets are read before the next chunk's are written
@@ -104,14 +106,33 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
   if (args.num_splits != nullptr && threadIdx.x == 0)
     args.num_splits[args.batch_size] = static_cast<std::int32_t>(splits);
   for (int part = threadIdx.x; part < args.num_parts; part += kThreads)
-    plan.write_rest(args.parts, part, args.batch_size);
+    plan.write_rest(args.parts[part], part, args.batch_size);
+}
+
+constexpr int kSmallThreads = 128;
+constexpr int kSmallWarps = kSmallThreads / 32;
+
+/// Small batches: a warp for each part.
+__global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanArguments args) {
+  ptx::launch_dependents();
+  const WarpPlan plan(args.cache_seqlens, args.batch_size, args.num_parts);
+  const auto part = static_cast<std::int32_t>((blockIdx.x * kSmallThreads + threadIdx.x) / 32);
+  if (part == 0 && args.num_splits != nullptr) plan.write_num_splits(args.num_splits);
+  if (part >= args.num_parts) return;
+  std::int32_t unused;
+  const Part row = plan.row(part, unused);
+  if (threadIdx.x % 32 == 0) args.parts[part] = row;
 }
 
 }  // namespace
 
 void plan_on_device(const PlanArguments& args, CUstream_st* stream) {
-  cuda::Launch launch("plan_kernel", dim3(1), dim3(kThreads), 0, stream);
-  launch(plan_kernel, args);
+  if (plans_within_a_warp(args.batch_size, args.num_parts)) {
+    const dim3 grid((args.num_parts + kSmallWarps - 1) / kSmallWarps);
+    cuda::Launch("plan_small_kernel", grid, dim3(kSmallThreads), 0, stream)(plan_small_kernel, args);
+  } else {
+    cuda::Launch("plan_kernel", dim3(1), dim3(kThreads), 0, stream)(plan_kernel, args);
+  }
 }
 
 }  // namespace flash_mla::scheduler

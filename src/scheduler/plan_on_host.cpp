@@ -18,6 +18,48 @@ bool keeps_whole(const PlanArguments& args, const SplitPlan& plan) {
   return true;
 }
 
+/// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none.
+std::int64_t own_quota(const PlanArguments& args, const SplitPlan& plan, const Workload& work) {
+  if (args.batch_size > args.num_parts || args.batch_size == 0) return 0;
+  for (std::int64_t quota = plan.least_quota(work, args.num_parts); quota <= plan.largest_quota(); ++quota) {
+    std::int64_t num_parts = 0;
+    for (std::int32_t i = 0; i < args.batch_size; ++i) num_parts += SplitPlan::own_parts(args.cache_seqlens[i], quota);
+    if (num_parts <= args.num_parts) return quota;
+  }
+  return 0;
+}
+
+void plan_own_parts(const PlanArguments& args, std::int64_t quota) {
+  std::int32_t part = 0;
+  for (std::int32_t i = 0; i < args.batch_size; ++i) {
+    const std::int32_t count = SplitPlan::own_parts(args.cache_seqlens[i], quota);
+    if (args.num_splits != nullptr) args.num_splits[i] = part;
+    for (std::int32_t idx = 0; idx < count; ++idx) {
+      SplitPlan::write_own(args.parts[part + idx], i, args.cache_seqlens[i], part, idx, count);
+    }
+    part += count;
+  }
+  if (args.num_splits != nullptr) args.num_splits[args.batch_size] = part;
+  for (; part < args.num_parts; ++part) SplitPlan::write_empty(args.parts[part], part, args.batch_size);
+}
+
+void plan_cuts(const PlanArguments& args, const SplitPlan& plan) {
+  std::int64_t offset = 0;
+  std::int64_t part = 0;
+  std::int32_t splits = 0;
+  for (std::int32_t i = 0; i < args.batch_size; ++i) {
+    const std::int64_t end_offset = offset + plan.cost(args.cache_seqlens[i]);
+    for (; part < plan.num_parts() && plan.cut(part) < end_offset; ++part) {
+      plan.write_cut(part > 0 ? &args.parts[part - 1] : nullptr, &args.parts[part], part, i, offset, end_offset);
+    }
+    if (args.num_splits != nullptr) args.num_splits[i] = splits;
+    splits += plan.num_pieces(offset, end_offset);
+    offset = end_offset;
+  }
+  if (args.num_splits != nullptr) args.num_splits[args.batch_size] = splits;
+  for (std::int32_t p = 0; p < args.num_parts; ++p) plan.write_rest(args.parts[p], p, args.batch_size);
+}
+
 }  // namespace
 
 void plan_on_host(const PlanArguments& args) {
@@ -25,25 +67,16 @@ void plan_on_host(const PlanArguments& args) {
   for (std::int32_t i = 0; i < args.batch_size; ++i) work.add(args.cache_seqlens[i]);
   const SplitPlan plan(work, args.num_parts);
   if (keeps_whole(args, plan)) {
-    for (std::int32_t p = 0; p < args.num_parts; ++p) plan.write_whole(args.parts, p, args.batch_size);
+    for (std::int32_t p = 0; p < args.num_parts; ++p) plan.write_whole(args.parts[p], p, args.batch_size);
     for (std::int32_t i = 0; args.num_splits != nullptr && i <= args.batch_size; ++i) args.num_splits[i] = i;
     return;
   }
-
-  std::int64_t offset = 0;
-  std::int64_t part = 0;
-  std::int32_t splits = 0;
-  for (std::int32_t i = 0; i < args.batch_size; ++i) {
-    const std::int64_t end_offset = offset + plan.cost(args.cache_seqlens[i]);
-    for (; part < plan.num_parts() && plan.cut(part) < end_offset; ++part) {
-      plan.write_cut(args.parts, part, i, offset, end_offset);
-    }
-    if (args.num_splits != nullptr) args.num_splits[i] = splits;
-    splits += plan.num_pieces(offset, end_offset);
-    offset = end_offset;
+  const std::int64_t quota = own_quota(args, plan, work);
+  if (quota > 0) {
+    plan_own_parts(args, quota);
+  } else {
+    plan_cuts(args, plan);
   }
-  if (args.num_splits != nullptr) args.num_splits[args.batch_size] = splits;
-  for (std::int32_t p = 0; p < args.num_parts; ++p) plan.write_rest(args.parts, p, args.batch_size);
 }
 
 }  // namespace flash_mla::scheduler

@@ -13,7 +13,9 @@
 // equal, and no part costs more than (total_cost - piece_cost) / num_parts + piece_cost, rounded up.
 //
 // Splitting writes and reads partial results. Where every part can take the same number of whole requests and none
-// gets much more than its share (batches of about equal lengths), no request is split.
+// gets much more than its share (batches of about equal lengths), no request is split. And where there are as many
+// parts as requests or more, each request gets parts of its own if that makes none longer than cuts would: a part then
+// pays for one piece.
 
 #if defined(__CUDACC__)
 #define FLASH_MLA_HOST_DEVICE __host__ __device__
@@ -32,6 +34,14 @@ constexpr std::int64_t kMaxPieceCost = 5;
 /// What merging split requests costs a part, in blocks; and the share of a part's work that may be given for it.
 constexpr std::int64_t kMaxMergeCost = 6;
 constexpr std::int64_t kMergeShare = 16;
+
+/// Parts of a plan: more than any Hopper GPU has SMs.
+constexpr std::int32_t kMaxParts = 160;
+
+/// Whether WarpPlan takes such a batch.
+FLASH_MLA_HOST_DEVICE inline bool plans_within_a_warp(std::int32_t batch_size, std::int32_t num_parts) {
+  return 0 < batch_size && batch_size <= num_parts && num_parts <= kMaxParts;
+}
 
 /// Larger batches are not looked at for keeping requests whole.
 constexpr std::int32_t kMaxBatchKeptWhole = 1024;
@@ -129,48 +139,74 @@ class SplitPlan {
     const std::int64_t merge_cost = share / kMergeShare < kMaxMergeCost ? share / kMergeShare : kMaxMergeCost;
     return part_cost <= share + piece_cost_ + merge_cost;
   }
+  /// Blocks that a part works at least and may work at most where requests have parts of their own.
+  FLASH_MLA_HOST_DEVICE std::int64_t least_quota(const Workload& work, std::int64_t max_parts) const {
+    return (work.num_blocks + max_parts - 1) / max_parts;
+  }
+  FLASH_MLA_HOST_DEVICE std::int64_t largest_quota() const {
+    return (total_cost_ - piece_cost_ + num_parts_ - 1) / num_parts_;
+  }
+  /// Parts of a request of its own, of at most `quota` blocks.
+  FLASH_MLA_HOST_DEVICE static std::int32_t own_parts(std::int32_t seqlen_k, std::int64_t quota) {
+    if (seqlen_k <= 0) return 1;
+    const auto blocks = static_cast<std::uint32_t>(num_blocks(seqlen_k));
+    return static_cast<std::int32_t>((blocks + static_cast<std::uint32_t>(quota) - 1) /
+                                     static_cast<std::uint32_t>(quota));
+  }
+  /// Writes the row of part `first_part + idx` of a request that has `count` parts of its own.
+  FLASH_MLA_HOST_DEVICE static void write_own(Part& row, std::int32_t request, std::int32_t seqlen_k,
+                                              std::int32_t first_part, std::int32_t idx, std::int32_t count) {
+    const std::int64_t blocks = num_blocks(seqlen_k);
+    const bool is_last = idx + 1 == count;
+    row = {request,     static_cast<std::int32_t>(blocks * idx / count),
+           request,     is_last ? kToEnd : static_cast<std::int32_t>(blocks * (idx + 1) / count),
+           count - idx, first_part,
+           {}};
+  }
+  /// Writes the row of a part without work.
+  FLASH_MLA_HOST_DEVICE static void write_empty(Part& row, std::int32_t part, std::int32_t batch_size) {
+    row = {batch_size, 0, batch_size - 1, kToEnd, 1, part, {}};
+  }
+
   /// Writes a part's row where no request is split.
-  FLASH_MLA_HOST_DEVICE void write_whole(Part* parts, std::int64_t part, std::int32_t batch_size) const {
+  FLASH_MLA_HOST_DEVICE void write_whole(Part& row, std::int64_t part, std::int32_t batch_size) const {
     const std::int64_t count = whole_requests(batch_size);
     const std::int64_t begin = part * count < batch_size ? part * count : batch_size;
     const std::int64_t end = begin + count < batch_size ? begin + count : batch_size;
-    write_begin(parts, part, static_cast<std::int32_t>(begin), 0, part);
-    write_end(parts, part, static_cast<std::int32_t>(end) - 1, kToEnd, 1);
+    write_begin(row, static_cast<std::int32_t>(begin), 0, part);
+    write_end(row, static_cast<std::int32_t>(end) - 1, kToEnd, 1);
   }
 
-  /// Writes what the cut of `part` decides: where it begins, and where the part before it ends. The cut lies inside
-  /// `request`, which spans `offset` to `end_offset`.
-  FLASH_MLA_HOST_DEVICE void write_cut(Part* parts, std::int64_t part, std::int32_t request, std::int64_t offset,
-                                       std::int64_t end_offset) const {
+  /// Writes what the cut of `part` decides: where it begins, in `row`, and where the part before it ends, in `before`.
+  /// The cut lies inside `request`, which spans `offset` to `end_offset`.
+  FLASH_MLA_HOST_DEVICE void write_cut(Part* before, Part* row, std::int64_t part, std::int32_t request,
+                                       std::int64_t offset, std::int64_t end_offset) const {
     const std::int32_t block = begin_block(part, offset);
-    write_begin(parts, part, request, block, first_part(offset, end_offset));
-    if (part > 0) {
-      write_end(parts, part - 1, block > 0 ? request : request - 1, block > 0 ? block : kToEnd,
+    if (row != nullptr) write_begin(*row, request, block, block > 0 ? first_part(offset, end_offset) : part);
+    if (before != nullptr) {
+      write_end(*before, block > 0 ? request : request - 1, block > 0 ? block : kToEnd,
                 block > 0 ? static_cast<std::int32_t>(last_part(end_offset) - part + 2) : 1);
     }
   }
-  /// Writes the rows that no cut decides: the end of the last part, and the empty parts behind it.
-  FLASH_MLA_HOST_DEVICE void write_rest(Part* parts, std::int64_t part, std::int32_t batch_size) const {
-    if (part == num_parts_ - 1) write_end(parts, part, batch_size - 1, kToEnd, 1);
-    if (part >= num_parts_) {
-      write_begin(parts, part, batch_size, 0, part);
-      write_end(parts, part, batch_size - 1, kToEnd, 1);
-    }
+  /// Writes what no cut decides: the end of the last part, and the empty parts behind it.
+  FLASH_MLA_HOST_DEVICE void write_rest(Part& row, std::int64_t part, std::int32_t batch_size) const {
+    if (part == num_parts_ - 1) write_end(row, batch_size - 1, kToEnd, 1);
+    if (part >= num_parts_) write_empty(row, static_cast<std::int32_t>(part), batch_size);
   }
 
  private:
-  FLASH_MLA_HOST_DEVICE static void write_begin(Part* parts, std::int64_t part, std::int32_t request,
-                                                std::int32_t block, std::int64_t first_part) {
-    parts[part].begin_request = request;
-    parts[part].begin_block = block;
-    parts[part].first_part = static_cast<std::int32_t>(block > 0 ? first_part : part);
+  FLASH_MLA_HOST_DEVICE static void write_begin(Part& row, std::int32_t request, std::int32_t block,
+                                                std::int64_t first_part) {
+    row.begin_request = request;
+    row.begin_block = block;
+    row.first_part = static_cast<std::int32_t>(first_part);
   }
-  FLASH_MLA_HOST_DEVICE static void write_end(Part* parts, std::int64_t part, std::int32_t request, std::int32_t block,
+  FLASH_MLA_HOST_DEVICE static void write_end(Part& row, std::int32_t request, std::int32_t block,
                                               std::int32_t num_pieces) {
-    parts[part].end_request = request;
-    parts[part].end_block = block;
-    parts[part].num_pieces = num_pieces;
-    for (std::int32_t& value : parts[part].reserved) value = 0;
+    row.end_request = request;
+    row.end_block = block;
+    row.num_pieces = num_pieces;
+    for (std::int32_t& value : row.reserved) value = 0;
   }
 
   std::int64_t num_parts_;

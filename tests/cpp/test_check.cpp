@@ -142,7 +142,7 @@ TEST(CheckDenseDecode, TakesExtents) {
        "got "
        "33554432"},
       {[](Args& a) { reshape(a.tile_scheduler_metadata, 0, 8); },
-       "InvalidArgument: tile_scheduler_metadata: expected num_sm_parts from 1 to 32767, got 0"},
+       "InvalidArgument: tile_scheduler_metadata: expected num_sm_parts from 1 to 160, got 0"},
       {[](Args& a) { a.softmax_scale = 0.0F; },
        "InvalidArgument: softmax_scale: expected a finite number above 0, got 0"},
       {[](Args& a) { a.softmax_scale = -0.5F; },
@@ -328,7 +328,7 @@ TEST(MaxWorkspaceSize, AsksForNoDevice) {
   const std::size_t unplanned = dense_decode_max_workspace_size(args);
   // 2 KV heads of 128 rows: 4 CTAs a part. 144 SMs take 36 parts, and their plan lies in the workspace.
   const std::size_t rows = std::size_t{2} * 36 * 2 * 128;
-  EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + rows * 513 * sizeof(float));
+  EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + rows * (512 + 2) * sizeof(float));
 }
 
 TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {

@@ -135,7 +135,8 @@ TEST(Scheduler, BalancesOneLongRequestWithinOneBlock) {
       const Plan plan = make_plan({seqlen}, num_parts);
       std::vector<std::int64_t> costs = check_cover({seqlen}, plan);
       costs.erase(std::remove(costs.begin(), costs.end(), 0), costs.end());
-      EXPECT_EQ(static_cast<std::int64_t>(costs.size()), std::min<std::int64_t>(num_parts, num_blocks(seqlen)));
+      const std::int64_t quota = (num_blocks(seqlen) + num_parts - 1) / num_parts;
+      EXPECT_EQ(static_cast<std::int64_t>(costs.size()), (num_blocks(seqlen) + quota - 1) / quota);
       const auto [low, high] = std::minmax_element(costs.begin(), costs.end());
       EXPECT_LE(*high - *low, 1) << seqlen << " tokens, " << num_parts << " parts";
     }
@@ -152,7 +153,24 @@ TEST(Scheduler, KeepsEqualRequestsWhole) {
 
 TEST(Scheduler, SplitsAFewLongRequests) {
   const Plan plan = make_plan(std::vector<std::int32_t>(4, 4096), 132);
-  EXPECT_EQ(plan.num_splits[4], 132);
+  EXPECT_EQ(plan.num_splits[4], 128);  // of two blocks each
+}
+
+TEST(Scheduler, GivesEqualRequestsPartsOfTheirOwn) {
+  const Plan plan = make_plan(std::vector<std::int32_t>(16, 2048), 132);
+  for (std::size_t p = 0; p < 128; ++p) {
+    EXPECT_EQ(plan.parts[p].begin_request, plan.parts[p].end_request);
+    EXPECT_EQ(plan.parts[p].begin_request, static_cast<std::int32_t>(p / 8));
+    EXPECT_EQ(plan.parts[p].begin_block, static_cast<std::int32_t>(p % 8 * 4));
+  }
+}
+
+TEST(Scheduler, CutsWhereOneRequestIsMuchLongerThanTheOthers) {
+  std::vector<std::int32_t> seqlens(65, 64);
+  seqlens.push_back(1000 * 64);
+  const Plan plan = make_plan(seqlens, 66);
+  const std::vector<std::int64_t> costs = check_cover(seqlens, plan);
+  EXPECT_LE(*std::max_element(costs.begin(), costs.end()), 1065 / 66 + 6);
 }
 
 TEST(Scheduler, AnEmptyBatchLeavesEmptyParts) {

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import Case, Spec, make_case
-from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import flash_mla_with_kvcache, get_mla_metadata, merge_states
+from merges import Merge, assert_merged, make_states
+from merges import reference as merged_reference
 from oracle import assert_close, decode_numpy
 
 jax_module = pytest.importorskip("jax")
@@ -161,7 +163,44 @@ def test_lowers_for_a_gpu_that_is_not_there(way: Callable[..., Results]) -> None
     assert "custom_call @flash_mla_dense_decode" in lowered
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["outside jit", "inside jit"])
+@pytest.mark.parametrize("layout", ["stacked", "list"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_merges_states(device: str | None, dtype: str, layout: str, compiled: bool) -> None:
+    if device is not None and (reason := missing_on_the_gpu()):
+        pytest.skip(reason)
+    spec = Merge(dtype=dtype)
+    outs, lses = make_states(spec, None)
+    given: Any = jax_module.device_put((outs, lses), jax_module.devices(device or "cpu")[0])
+    if layout == "list":
+        given = [list(x) for x in given]
+    out, lse = (jax_module.jit(merge_states) if compiled else merge_states)(*given)
+    assert (out.dtype, lse.dtype) == (outs.dtype, np.float32)
+    assert_merged(spec, np.asarray(out), np.asarray(lse), merged_reference(outs, lses), dtype)
+
+
 # Errors
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "error", "message"),
+    [
+        ((3, 2, 1, 4, 500), (3, 2, 4, 1), ValueError, r"outs\[0\]: expected shape \(2, 1, 4, 512\), got"),
+        ((2, 1, 4, 512), (3, 2, 4, 1), ValueError, "outs: expected shape"),
+        ((129, 2, 1, 4, 512), (129, 2, 4, 1), ValueError, "outs: expected 1 to 128 states, got 129"),
+        ((3, 2, 1, 4, 512), (2, 2, 4, 1), ValueError, "lses: expected 3 states as outs, got 2"),
+        ((3, 2, 1, 4, 512), (3, 2, 1, 4), ValueError, r"lses\[0\]: expected shape \(2, 4, 1\), got \(2, 1, 4\)"),
+    ],
+)
+def test_errors_of_a_merge(outs: tuple[int, ...], lses: tuple[int, ...], error: type[Exception], message: str) -> None:
+    zeros = jax_module.numpy.zeros
+    with pytest.raises(error, match=f"^{message}"):
+        merge_states(zeros(outs, "bfloat16"), zeros(lses, "float32"))
+    one = zeros((2, 1, 4, 512), "bfloat16")
+    with pytest.raises(TypeError, match=r"^outs\[1\]: expected dtype bfloat16, got float32"):
+        merge_states([one, one.astype("float32")], [zeros((2, 4, 1), "float32")] * 2)
+    with pytest.raises(TypeError, match=r"^lses\[0\]: expected dtype float32, got bfloat16"):
+        merge_states([one], [zeros((2, 4, 1), "bfloat16")])
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["outside jit", "inside jit"])

@@ -36,32 +36,39 @@ __device__ __forceinline__ float inverse_sum(float row_sum) {
   return row_sum > 0.0F ? 1.0F / row_sum : row_sum == 0.0F ? 0.0F : row_sum;
 }
 
-/// Where a piece's results go: of whole pieces to out and lse, of others to their slot of the workspace.
+/// A tile's memory in a slot of the workspace.
+template <class Traits>
+struct SlotTile {
+  float4* quads;  // (warps, quads of a thread, lanes)
+  RowSum* sums;   // (kRows,)
+
+  /// `tile` counts those of all KV heads.
+  __device__ SlotTile(const DenseDecodeParams& params, int slot, int tile) {
+    const std::int64_t idx = static_cast<std::int64_t>(slot) * params.num_heads_k * params.tiling.num_tiles + tile;
+    quads = reinterpret_cast<float4*>(params.out_accum) + idx * (Traits::kRows * kHeadDimV / 4);
+    sums = params.sum_accum + idx * Traits::kRows;
+  }
+  /// Where this consumer thread's quads begin; the next is 32 further.
+  __device__ float4* own_quads() const {
+    return quads + threadIdx.x / 32 * Traits::kQuadsPerThread * 32 + threadIdx.x % 32;
+  }
+};
+
+/// Where a request's results go.
 template <class Element>
-struct PieceOutput {
+struct FinalOutput {
   const DenseDecodeParams& params;
-  const Piece& piece;
+  int request;
 
-  __device__ Element* out_row(const RowCoordinate& at) const {
-    return static_cast<Element*>(params.out) + piece.request * params.stride_out_batch +
-           at.query * params.stride_out_query + at.head * params.stride_out_head;
+  __device__ Element* row(const RowCoordinate& at) const {
+    return static_cast<Element*>(params.out) + request * params.stride_out_batch + at.query * params.stride_out_query +
+           at.head * params.stride_out_head;
   }
-  __device__ float* accum_row(const RowCoordinate& at) const { return params.out_accum + slot_row(at) * kHeadDimV; }
-
-  __device__ void write_lse(const RowCoordinate& at, float row_max, float row_sum) const {
-    if (piece.is_whole) {
-      params.lse[piece.request * params.stride_lse_batch + at.head * params.stride_lse_head +
-                 at.query * params.stride_lse_query] =
-          row_sum == 0.0F ? INFINITY : row_max * params.softmax_scale + logf(row_sum);
-    } else {
-      params.lse_accum[slot_row(at)] =
-          row_sum == 0.0F ? -INFINITY : row_max * params.softmax_scale_log2 + log2f(row_sum);
-    }
-  }
-
- private:
-  __device__ std::int64_t slot_row(const RowCoordinate& at) const {
-    return (static_cast<std::int64_t>(piece.slot) * params.seqlen_q + at.query) * params.num_heads_q + at.head;
+  /// `max` in base 2.
+  __device__ void write_lse(const RowCoordinate& at, float max, float sum) const {
+    constexpr float kLn2 = 0.693147180559945309417F;
+    params.lse[request * params.stride_lse_batch + at.head * params.stride_lse_head +
+               at.query * params.stride_lse_query] = sum == 0.0F ? INFINITY : (max + log2f(sum)) * kLn2;
   }
 };
 
@@ -72,31 +79,45 @@ class Epilogue {
 
  public:
   __device__ Epilogue(const DenseDecodeParams& params, const Piece& piece, int warpgroup)
-      : output_{params, piece}, first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
+      : params_(params), piece_(piece), first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
 
-  /// One of the thread's rows: its values of O, its maximum, and the sum over all columns of both warpgroups.
+  /// One of the thread's rows of a whole piece: its values of O, its maximum, and the sum over all columns of both
+  /// warpgroups.
   template <int kRow>
-  __device__ __forceinline__ void write_row(const RowCoordinate& at, float (&o)[2][64], float row_max,
-                                            float row_sum) const {
+  __device__ __forceinline__ void write_final(const RowCoordinate& at, const float (&o)[2][64], float row_max,
+                                              float row_sum) const {
+    const FinalOutput<Element> output{params_, piece_.request};
     const float inverse = inverse_sum(row_sum);
+    Element* const row = output.row(at) + first_column_;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = first_column_ + half * 128;
-      if (output_.piece.is_whole) {
-        write_out<kRow>(at, o[half], inverse, column);
-      } else {
-        write_accum<kRow>(at, o[half], inverse, column);
+    for (int half = 0; half < 2; ++half) write_half<kRow>(row + half * 128, at.is_valid, o[half], inverse);
+    if (first_column_ == 0 && at.is_valid && threadIdx.x % 4 == 0) {
+      output.write_lse(at, row_max * params_.softmax_scale_log2, row_sum);
+    }
+  }
+
+  /// All of another piece. `tile` counts those of all KV heads.
+  __device__ __forceinline__ void write_partial(const float (&o)[2][64], const float (&row_max)[2],
+                                                const float (&row_sum)[2], int tile) const {
+    const SlotTile<Traits> slot(params_, piece_.slot, tile);
+    float4* const quads = slot.own_quads();
+#pragma unroll
+    for (int i = 0; i < Traits::kQuadsPerThread; ++i) {
+      const float* const v = &o[i / 16][i % 16 * 4];
+      quads[i * 32] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+    if (first_column_ == 0 && threadIdx.x % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        slot.sums[fragment_row() + 8 * r] = make_float2(row_max[r] * params_.softmax_scale_log2, row_sum[r]);
       }
     }
-    if (first_column_ == 0 && at.is_valid && threadIdx.x % 4 == 0) output_.write_lse(at, row_max, row_sum);
   }
 
  private:
   /// 32 columns at a time, transposed so that each thread stores 16 bytes.
   template <int kRow>
-  __device__ __forceinline__ void write_out(const RowCoordinate& at, const float (&o)[64], float inverse,
-                                            int column) const {
-    Element* row = output_.out_row(at) + column;
+  __device__ __forceinline__ static void write_half(Element* row, bool is_valid, const float (&o)[64], float inverse) {
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
       std::uint32_t packed[4];
@@ -106,26 +127,15 @@ class Epilogue {
         packed[j] = pack<Element>(o[i] * inverse, o[i + 1] * inverse);
       }
       transpose_quad(packed);
-      if (at.is_valid) {
+      if (is_valid) {
         *reinterpret_cast<uint4*>(row + 32 * group + threadIdx.x % 4 * 8) =
             make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
     }
   }
 
-  template <int kRow>
-  __device__ __forceinline__ void write_accum(const RowCoordinate& at, const float (&o)[64], float inverse,
-                                              int column) const {
-    if (!at.is_valid) return;
-    float* row = output_.accum_row(at) + column + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const int i = 4 * j + 2 * kRow;
-      *reinterpret_cast<float2*>(row + 8 * j) = make_float2(o[i] * inverse, o[i + 1] * inverse);
-    }
-  }
-
-  const PieceOutput<Element> output_;
+  const DenseDecodeParams& params_;
+  const Piece& piece_;
   const int first_column_;
 };
 

@@ -22,6 +22,7 @@ __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Trait
     constexpr int kWarps = Traits::kWarpgroupWarps;
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
+    ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
     for (auto& barrier : shared.exchange_full) {
@@ -44,7 +45,7 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, SharedS
   Consumer<Traits> consumer(params, shared, warpgroup);
   const RowCoordinate rows[2] = {{params, tile, head_k, fragment_row()}, {params, tile, head_k, fragment_row() + 8}};
   const RowCoordinate first_row(params, tile, head_k, 0);
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) {
     consumer.reset();
@@ -53,18 +54,31 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, SharedS
       consumer.run(piece, limits, first_row.limit(params, piece.seqlen_k));
     }
     const Epilogue<Traits> epilogue(params, piece, warpgroup);
-    epilogue.template write_row<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
-    epilogue.template write_row<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
-    if (!piece.is_whole) {
+    if (piece.is_whole) {
+      epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
+      epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
+    } else {
+      epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
       ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
-      if (threadIdx.x == 0) TileFlags(params, blockIdx.x, head_k).publish(params, piece.slot);
+      if (threadIdx.x == 0) TileFlags(params, tile.index(params.tiling, head_k)).publish(params, piece.slot);
     }
   }
 }
 
-/// Dense MLA decode. Grid: (tiles of query rows, KV heads, 2 * parts); neighbours read the same KV. The first half of
-/// the CTAs computes, one for each part: two consumer warpgroups and one that holds the producer warp. The second half
-/// merges split requests.
+/// The producer's walk over them.
+template <class Traits>
+__device__ __forceinline__ void produce(const DenseDecodeParams& params, SharedStorage<Traits>& shared,
+                                        const QueryTile& tile, int head_k, int part_idx) {
+  Producer<Traits> producer(params, shared);
+  if (!producer.is_active()) return;
+  PieceWalk walk(params, shared.plan.part, part_idx);
+  Piece piece;
+  while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
+}
+
+/// Dense MLA decode. Grid: (tiles of query rows, KV heads, parts); neighbours read the same KV. Two consumer
+/// warpgroups, and one that holds the producer warp. Where CTAs may not wait for each other, as many again come behind
+/// them and merge split requests (launch.cuh).
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     dense_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -72,31 +86,25 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
   const int head_k = blockIdx.y;
-  const int part_idx = blockIdx.z;
   const QueryTile tile(params.tiling, blockIdx.x);
 
-  if (part_idx >= params.num_parts) {
-    ptx::wait_for_previous_grids();
-    Combine<Traits>(params, tile, blockIdx.x, head_k, shared_bytes).run(part_idx - params.num_parts);
-    return;
-  }
   init_shared(params, shared);
-  __syncthreads();
   ptx::wait_for_previous_grids();
+  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  __syncthreads();
   // No launch_dependents: a grid that starts while this one ends is placed on SMs as they come free, which scatters the
   // CTAs that read the same KV. That cost 3 % at 128 heads.
 
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x / 32 != Traits::kConsumerThreads / 32) return;
-    Producer<Traits> producer(params, shared);
-    if (!producer.is_active()) return;
-    PieceWalk walk(params, part_idx);
-    Piece piece;
-    while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
+    const CtaRole role(params);
+    const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
+    if (warp == 0 && role.computes) produce(params, shared, tile, head_k, role.part_idx);
+    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();
-    consume(params, shared, warpgroup, tile, head_k, part_idx);
+    if (const CtaRole role(params); role.computes) consume(params, shared, warpgroup, tile, head_k, role.part_idx);
+    if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
   }
 }
 

@@ -36,10 +36,11 @@ class KvBoxes {
     const std::uint32_t destination = chunk_address + lane_ * rows_per_box_ * Traits::kRowBytes;
     const int column = chunk * Traits::kChunkColumns;
     const int page_offset = (block * Traits::kBlockN) & ((1 << params_.page_size_log2) - 1);
-    ptx::tma_load_4d(destination, &params_.k_cache_map, barrier, column, page_offset, head_k, pages.first);
+    ptx::tma_load_4d(destination, &params_.k_cache_map, barrier, column, page_offset, head_k, pages.first,
+                     ptx::Keep::kNotForLong);
     if (rows_per_box_ == 1) {
       ptx::tma_load_4d(destination + 32 * Traits::kRowBytes, &params_.k_cache_map, barrier, column, page_offset, head_k,
-                       pages.second);
+                       pages.second, ptx::Keep::kNotForLong);
     }
   }
 

@@ -50,28 +50,27 @@ class Consumer {
     q_phase_ ^= 1;
 
     const int num_blocks = piece.end_block - piece.begin_block;
-    int own = warpgroup_;
-    if (warpgroup_ == 0) {  // nothing precedes the first block
-      ptx::wgmma_fence();
-      issue_qk();
-      ptx::wgmma_wait<0>();
-      release(0, Traits::kRopePair);
-      soften(own);
-      hand_over();
-      add_own();
-      own += Traits::kNumConsumers;
-    }
 #pragma unroll 1
-    for (; own < num_blocks; own += Traits::kNumConsumers) {
-      take_over();
-      ptx::wgmma_fence();
-      issue_qk();
-      issue_pv(p_other_, 1 - warpgroup_);
-      ptx::wgmma_wait<2>();
+    for (int own = warpgroup_; own < num_blocks; own += Traits::kNumConsumers) {
+      const bool is_first = own == 0;  // nothing precedes it
+      if (is_first) {
+        ptx::wgmma_fence();
+        issue_qk();
+        ptx::wgmma_wait<0>();
+      } else {
+        take_over();
+        ptx::wgmma_fence();
+        issue_qk();
+        issue_pv(p_other_, 1 - warpgroup_);
+        ptx::wgmma_wait<2>();
+      }
       release(warpgroup_, Traits::kRopePair);
       soften(own);
       hand_over();
-      finish_pv(1 - warpgroup_);
+      ptx::wgmma_wait<1>();
+      if (!is_first) release(1 - warpgroup_, 2 * warpgroup_);
+      ptx::wgmma_wait<0>();
+      if (!is_first) release(1 - warpgroup_, 2 * warpgroup_ + 1);
       add_own();
     }
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
@@ -100,11 +99,10 @@ class Consumer {
     ptx::launder(k);
     ptx::launder(q);
     ptx::launder(full);
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < Traits::kNumChunks; ++j) {
       constexpr int kHalf = Traits::kNumVChunks / 2;
-      const int second = j - 1 < kHalf ? j - 1 + kHalf : j - 1 - kHalf;
-      const int chunk = j == 0 ? Traits::kRopeChunk : warpgroup_ == 0 ? j - 1 : second;
+      const int chunk = j == 0 ? Traits::kRopeChunk : (j - 1 + warpgroup_ * kHalf) % Traits::kNumVChunks;
       ptx::mbarrier_wait(full + chunk * sizeof(std::uint64_t), kv_phase_);
 #pragma unroll
       for (int step = 0; step < Traits::kChunkBytes / Traits::kBlockN / kStepBytes; ++step) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <vector_types.h>
 
 #include <cstdint>
 
@@ -11,6 +12,10 @@ namespace flash_mla::sm90 {
 
 /// Flags of a part for each tile of query rows and each KV head: see combine.cuh.
 constexpr int kFlagsPerPart = 3;
+
+/// What a row of a piece comes with: x, the maximum of its scores times softmax_scale_log2, and y, the sum of
+/// exp2(score - x). 0 where it saw no key.
+using RowSum = float2;
 
 /// What the kernel takes, by value. Strides in elements.
 struct DenseDecodeParams {
@@ -30,7 +35,7 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
-  const scheduler::Part* parts;  // (num_parts,)
+  const scheduler::Part* parts;  // (num_parts,), or null: scheduler::WarpPlan
   int num_parts;
 
   float softmax_scale;
@@ -44,8 +49,8 @@ struct DenseDecodeParams {
 
   // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
   // for one that begins it.
-  float* out_accum;      // (2 * num_parts, seqlen_q, num_heads_q, 512), normalised
-  float* lse_accum;      // (2 * num_parts, seqlen_q, num_heads_q), base 2; -inf where no key was seen
+  float* out_accum;      // (2 * num_parts, num_heads_k, num_tiles, padded_rows * 512): not normalised, as quads lie
+  RowSum* sum_accum;     // (2 * num_parts, num_heads_k, num_tiles, padded_rows)
   std::uint64_t* flags;  // (num_heads_k, num_tiles, kFlagsPerPart * num_parts); contents arbitrary at the start
   std::uint64_t token;   // unique to this launch, never 0
 };

@@ -1,8 +1,24 @@
 #pragma once
 
 #include "sm90/dense_decode/params.h"
+#include "sm90/ptx/registers.cuh"
 
 namespace flash_mla::sm90 {
+
+/// What a CTA does for which part. A grid of one CTA a part does both; of two, the first half computes and the second
+/// merges. Made anew where it is used: registers are too few to keep it.
+struct CtaRole {
+  int part_idx;
+  bool computes;
+  bool merges;
+
+  __device__ __forceinline__ explicit CtaRole(const DenseDecodeParams& params) {
+    const int idx = ptx::cta_z();
+    computes = idx < params.num_parts;
+    merges = static_cast<int>(gridDim.z) == params.num_parts || !computes;
+    part_idx = computes ? idx : idx - params.num_parts;
+  }
+};
 
 /// A contiguous range of one request's KV blocks, worked by one CTA.
 struct Piece {
@@ -14,18 +30,17 @@ struct Piece {
   int slot;       // where the result goes otherwise
 };
 
-/// Walks the pieces of a part. Every role of the CTA walks them alike. The part's row is read again for each piece:
-/// consumers have no registers to keep it in.
+/// Walks the pieces of a part. Every role of the CTA walks them alike. The part's row, in shared memory, is read again
+/// for each piece: consumers have no registers to keep it in.
 class PieceWalk {
  public:
-  __device__ PieceWalk(const DenseDecodeParams& params, int part_idx)
-      : params_(params), part_idx_(part_idx), request_(max(params.parts[part_idx].begin_request, 0)) {}
+  __device__ PieceWalk(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx)
+      : params_(params), part_(part), part_idx_(part_idx), request_(max(part.begin_request, 0)) {}
 
   __device__ bool next(Piece& piece) {
-    const scheduler::Part part = params_.parts[part_idx_];
-    if (request_ > min(part.end_request, params_.batch_size - 1)) return false;
-    const int begin = request_ == part.begin_request ? max(part.begin_block, 0) : 0;
-    const int end = request_ == part.end_request ? part.end_block : scheduler::kToEnd;
+    if (request_ > min(part_.end_request, params_.batch_size - 1)) return false;
+    const int begin = request_ == part_.begin_request ? max(part_.begin_block, 0) : 0;
+    const int end = request_ == part_.end_request ? part_.end_block : scheduler::kToEnd;
     piece.request = request_;
     piece.seqlen_k = min(params_.cache_seqlens[request_], params_.max_seqlen_k);
     piece.end_block = min(end, static_cast<int>(scheduler::num_blocks(piece.seqlen_k)));
@@ -38,6 +53,7 @@ class PieceWalk {
 
  private:
   const DenseDecodeParams& params_;
+  const scheduler::Part& part_;
   const int part_idx_;
   int request_;
 };

@@ -32,15 +32,29 @@ struct QueryTiling {
   }
   /// Rows of a tile that are loaded; the rest of kBlockM is padding.
   FLASH_MLA_HOST_DEVICE int rows_per_tile() const { return heads_per_tile * queries_per_tile; }
+  /// Whether the kernel that has tokens as M takes it.
+  FLASH_MLA_HOST_DEVICE bool is_narrow() const { return num_tiles == 1 && rows_per_tile() <= kMaxNarrowRows; }
+  /// Rows of a tile in the kernel that takes it.
+  FLASH_MLA_HOST_DEVICE int padded_rows() const {
+    return !is_narrow() ? kBlockM : rows_per_tile() <= kMaxNarrowRows / 2 ? kMaxNarrowRows / 2 : kMaxNarrowRows;
+  }
 };
 
 /// One tile: its first query, and its first head within the group.
 struct QueryTile {
+  int idx;
   int query;
   int head;
 
   FLASH_MLA_HOST_DEVICE QueryTile(const QueryTiling& tiling, int tile_idx)
-      : query(tile_idx / tiling.head_tiles * tiling.queries_per_tile), head(tile_idx % tiling.head_tiles * kBlockM) {}
+      : idx(tile_idx),
+        query(tile_idx / tiling.head_tiles * tiling.queries_per_tile),
+        head(tile_idx % tiling.head_tiles * kBlockM) {}
+
+  /// Its number among the tiles of all KV heads.
+  FLASH_MLA_HOST_DEVICE int index(const QueryTiling& tiling, int head_k) const {
+    return head_k * tiling.num_tiles + idx;
+  }
 };
 
 }  // namespace flash_mla::sm90

@@ -4,6 +4,7 @@
 
 #include "flash_mla/dense_decode.h"
 #include "scheduler/split_plan.h"
+#include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/query_tiling.h"
 
 namespace flash_mla::sm90 {
@@ -29,6 +30,14 @@ struct TileTraits {
   static constexpr int kNumConsumers = 2;
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
+  static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kPlanWarp = kNumThreads / 32 - 1;
+};
+
+/// Four values of O that a thread holds side by side, float4 in the workspace: two rows by two columns.
+struct Quad {
+  int row;     // the first
+  int column;  // the first
 };
 
 /// Constants of the kernel for tiles of 64 query rows.
@@ -37,8 +46,8 @@ struct DenseDecodeTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;
 
   static constexpr int kRows = kBlockM;
-  static constexpr int kConsumerRegisters = 240;
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
 
   static constexpr int kTileBytes = Base::kNumChunks * Base::kChunkBytes;
   static constexpr int kNumBuffers = 2;
@@ -50,6 +59,19 @@ struct DenseDecodeTraits : TileTraits<Element> {
   static constexpr int kColumnsPerConsumer = kHeadDimV / Base::kNumConsumers;
 
   static_assert(kRows == Base::kBlockN, "Q tiles and KV tiles have one layout");
+
+  /// Consumer thread's quads, for merging: register 4 * quad of O on. Value i is row step * (i / 2), column i % 2.
+  static constexpr int kQuadsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 4;
+  static constexpr int kQuadRowStep = 8;
+  static constexpr int kQuadColumnStep = 1;
+  __device__ static constexpr int quad_row(int i) { return i / 2; }
+  __device__ static Quad quad(int warp, int lane, int quad) {
+    return {warp % Base::kWarpgroupWarps * 16 + lane / 4,
+            warp / Base::kWarpgroupWarps * kColumnsPerConsumer + 8 * quad + lane % 4 * 2};
+  }
+  /// The rows that a warp's quads lie in: kWarpRows from this one on.
+  static constexpr int kWarpRows = 16;
+  __device__ static int first_row(int warp) { return warp % Base::kWarpgroupWarps * kWarpRows; }
 };
 
 /// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P
@@ -62,10 +84,14 @@ struct Exchange {
 
 template <class Traits>
 struct alignas(1024) SharedStorage {
+  /// The tiles' memory, where split requests are merged in the end.
+  static constexpr int kMergeBytes = (1 + Traits::kNumBuffers) * Traits::kTileBytes;
+
   unsigned char q[Traits::kTileBytes];
   unsigned char kv[Traits::kNumBuffers][Traits::kTileBytes];
   uint4 exchange[Exchange::kVectors][Traits::kWarpgroupThreads];
   std::uint64_t exchange_full[Traits::kNumConsumers];
+  PartPlan plan;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];

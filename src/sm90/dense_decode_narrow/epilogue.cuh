@@ -26,19 +26,23 @@ class NarrowEpilogue {
  public:
   __device__ NarrowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const Piece& piece,
                             const QueryTile& tile, int head_k, int warpgroup)
-      : params_(params), shared_(shared), output_{params, piece}, tile_(tile), head_k_(head_k), warpgroup_(warpgroup) {}
+      : params_(params), shared_(shared), piece_(piece), tile_(tile), head_k_(head_k), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void write(Consumer& consumer) const {
     float scale[Traits::kRowsPerThread] = {};
-    const bool has_blocks = output_.piece.begin_block < output_.piece.end_block;
+    const bool has_blocks = piece_.begin_block < piece_.end_block;
     merge_sums(consumer, has_blocks, scale);
-    if (warpgroup_ == 1) swap_halves(consumer.o);
-    if (output_.piece.is_whole) {
-      merge_and_write<OutRows>(consumer, has_blocks, scale);
-    } else {
-      merge_and_write<AccumRows>(consumer, has_blocks, scale);
+    if (has_blocks) {
+      if (warpgroup_ == 1) swap_halves(consumer.o);
+#pragma unroll
+      for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) exchange(consumer, first, scale);
     }
-    if (has_blocks) give_back_query();
+    if (piece_.is_whole) {
+      write_final(consumer);
+    } else {
+      write_partial(consumer);
+    }
+    if (has_blocks) give_back_query(consumer);
   }
 
  private:
@@ -48,68 +52,44 @@ class NarrowEpilogue {
                     Traits::kNumChunks * Traits::kQChunkBytes,
                 "Q's memory holds what is staged");
 
-  /// The rows of out that a thread writes to, null where they are none: of each 8 rows the one of its lane / 4. 8
-  /// columns and 8 rows at a time are transposed, so that a thread stores two columns of a row.
-  struct OutRows {
-    Element* rows[Traits::kRows / 8];
-
-    __device__ explicit OutRows(const NarrowEpilogue& epilogue) {
-#pragma unroll
-      for (int group = 0; group < Traits::kRows / 8; ++group) {
-        const RowCoordinate at = epilogue.coordinate(8 * group + threadIdx.x % 32 / 4);
-        rows[group] = at.is_valid ? epilogue.output_.out_row(at) + threadIdx.x % 4 * 2 : nullptr;
-      }
-    }
-    __device__ __forceinline__ void write(const float (&o)[Traits::kAccumulators], int column) const {
-#pragma unroll
-      for (int i = 0; i < Traits::kAccumulators; i += 2) {
-        const std::uint32_t values = ptx::transpose_matrix(pack<Element>(o[i], o[i + 1]));
-        Element* const row = rows[i / 4];
-        if (row != nullptr) *reinterpret_cast<std::uint32_t*>(row + column + i / 2 % 2 * 8) = values;
-      }
-    }
-  };
-
-  /// The rows of out_accum that a thread writes to, null where they are none.
-  struct AccumRows {
-    float* rows[Traits::kRowsPerThread];
-
-    __device__ explicit AccumRows(const NarrowEpilogue& epilogue) {
-#pragma unroll
-      for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-        const RowCoordinate at = epilogue.coordinate(Consumer::row_at(k));
-        rows[k] = at.is_valid ? epilogue.output_.accum_row(at) + threadIdx.x % 32 / 4 : nullptr;
-      }
-    }
-    __device__ __forceinline__ void write(const float (&o)[Traits::kAccumulators], int column) const {
-#pragma unroll
-      for (int i = 0; i < Traits::kAccumulators; ++i) {
-        float* const row = rows[Consumer::index_of(i)];
-        if (row != nullptr) row[column + i / 2 % 2 * 8] = o[i];
-      }
-    }
-  };
-
-  template <class Rows>
-  __device__ __forceinline__ void merge_and_write(Consumer& consumer, bool has_blocks,
-                                                  const float (&scale)[Traits::kRowsPerThread]) const {
-    const Rows rows(*this);
+  /// A thread stores to one of each 8 rows, that of its lane / 4: 8 columns and 8 rows at a time are transposed, so
+  /// that it stores two columns of a row.
+  __device__ __forceinline__ void write_final(const Consumer& consumer) const {
+    const FinalOutput<Element> output{params_, piece_.request};
     const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
-                             static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16;
+                             static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
-      if (has_blocks) exchange(consumer.o, first, scale);
+    for (int group = 0; group < Traits::kRows / 8; ++group) {
+      const RowCoordinate at = coordinate(8 * group + threadIdx.x % 32 / 4);
+      Element* const row = output.row(at) + first_column;
 #pragma unroll
-      for (int j = first; j < first + kStagedChunks; ++j) {
-        rows.write(consumer.o[j], first_column + j * Traits::kChunkColumns);
+      for (int chunk = 0; chunk < Traits::kOwnChunks; ++chunk) {
+#pragma unroll
+        for (int i = 4 * group; i < 4 * group + 4; i += 2) {
+          const auto& o = consumer.o[chunk];
+          const std::uint32_t values = ptx::transpose_matrix(pack<Element>(o[i], o[i + 1]));
+          Element* const to = row + chunk * Traits::kChunkColumns + i / 2 % 2 * 8;
+          if (at.is_valid) *reinterpret_cast<std::uint32_t*>(to) = values;
+        }
       }
+    }
+  }
+
+  __device__ __forceinline__ void write_partial(const Consumer& consumer) const {
+    const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
+    float4* const quads = slot.own_quads();
+    constexpr int kQuadsPerChunk = Traits::kAccumulators / 4;
+#pragma unroll
+    for (int i = 0; i < Traits::kQuadsPerThread; ++i) {
+      const float* const v = &consumer.o[i / kQuadsPerChunk][i % kQuadsPerChunk * 4];
+      quads[i * 32] = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
 
   __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
 
-  /// The sums over both consumers, their log-sum-exp, and in `scale` what this consumer's O is multiplied with.
-  __device__ __forceinline__ void merge_sums(const Consumer& consumer, bool has_blocks,
+  /// The sums over both consumers, written, and in `scale` what this consumer's O is multiplied with.
+  __device__ __forceinline__ void merge_sums(Consumer& consumer, bool has_blocks,
                                              float (&scale)[Traits::kRowsPerThread]) const {
     const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
     const bool has_rows = threadIdx.x % 32 < 4;  // the lanes of the warp that write
@@ -121,7 +101,7 @@ class NarrowEpilogue {
         if (has_rows) shared_.warp_sum[warpgroup_][warp][row] = sum;
         if (has_rows && warp == 0) shared_.row_max[warpgroup_][row] = consumer.row_max[k];
       }
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+      consumer.meet_other();
     }
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
@@ -139,12 +119,22 @@ class NarrowEpilogue {
           for (int i = 0; i < Traits::kWarpgroupWarps; ++i) part += shared_.warp_sum[w][i][row];
           sum += part * factor[w];
         }
-        scale[k] = (warpgroup_ == 0 ? factor[0] : factor[1]) * inverse_sum(sum);
+        scale[k] = warpgroup_ == 0 ? factor[0] : factor[1];
+        if (piece_.is_whole) scale[k] *= inverse_sum(sum);
       }
-      if (warpgroup_ == 0 && warp == 0 && has_rows) {
-        const RowCoordinate at = coordinate(row);
-        if (at.is_valid) output_.write_lse(at, max, sum);
-      }
+      if (warpgroup_ == 0 && warp == 0 && has_rows) write_sum(row, max, sum);
+    }
+  }
+
+  __device__ __forceinline__ void write_sum(int row, float max, float sum) const {
+    if (!piece_.is_whole) {
+      SlotTile<Traits>(params_, piece_.slot, tile_.index(params_.tiling, head_k_)).sums[row] =
+          make_float2(max * params_.softmax_scale_log2, sum);
+      return;
+    }
+    const RowCoordinate at = coordinate(row);
+    if (at.is_valid) {
+      FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
     }
   }
 
@@ -161,10 +151,11 @@ class NarrowEpilogue {
     }
   }
 
-  /// Normalises kStagedChunks own chunks of O from `first` on, gives the other consumer its ones, and adds what it
+  /// Scales kStagedChunks own chunks of O from `first` on, gives the other consumer its ones, and adds what it
   /// gives.
-  __device__ __forceinline__ void exchange(float (&o)[Traits::kNumVChunks][Traits::kAccumulators], int first,
+  __device__ __forceinline__ void exchange(Consumer& consumer, int first,
                                            const float (&scale)[Traits::kRowsPerThread]) const {
+    auto& o = consumer.o;
     const std::uint32_t staged =
         ptx::shared_address(shared_.q) + threadIdx.x % Traits::kWarpgroupThreads * static_cast<int>(sizeof(float4));
     constexpr int kVectorStep = Traits::kWarpgroupThreads * sizeof(float4);
@@ -181,7 +172,7 @@ class NarrowEpilogue {
                              word[1], word[2], word[3]);
       }
     }
-    ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+    consumer.meet_other();
 #pragma unroll
     for (int j = 0; j < kStagedChunks; ++j) {
       auto& own = o[first + j];
@@ -197,13 +188,13 @@ class NarrowEpilogue {
       }
     }
     if (first + kStagedChunks < Traits::kOwnChunks) {
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);  // read, before it is written again
+      consumer.meet_other();  // read, before it is written again
     }
   }
 
   /// The memory of Q is Q's again.
-  __device__ __forceinline__ void give_back_query() const {
-    ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+  __device__ __forceinline__ void give_back_query(Consumer& consumer) const {
+    consumer.meet_other();
     clear_query_padding<Traits>(params_, ptx::shared_address(shared_.q), threadIdx.x, Traits::kConsumerThreads);
     ptx::fence_proxy_async();
     ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
@@ -211,7 +202,7 @@ class NarrowEpilogue {
 
   const DenseDecodeParams& params_;
   NarrowStorage<Traits>& shared_;
-  const PieceOutput<Element> output_;
+  const Piece& piece_;
   const QueryTile& tile_;
   const int head_k_;
   const int warpgroup_;

@@ -21,8 +21,10 @@ __device__ void init_shared(const DenseDecodeParams& params, NarrowStorage<Trait
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
+    ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
+    ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
     for (auto& barrier : shared.kv_full) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     for (auto& barrier : shared.kv_empty) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);
@@ -39,17 +41,27 @@ __device__ __forceinline__ void consume(const DenseDecodeParams& params, NarrowS
                                         const QueryTile& tile, int head_k, int part_idx) {
   NarrowConsumer<Traits> consumer(params, shared, warpgroup);
   const RowCoordinate first_row(params, tile, head_k, 0);
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) {
     consumer.reset();
     if (piece.begin_block < piece.end_block) consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
     NarrowEpilogue<Traits>(params, shared, piece, tile, head_k, warpgroup).write(consumer);
     if (!piece.is_whole) {
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
-      if (threadIdx.x == 0) TileFlags(params, blockIdx.x, head_k).publish(params, piece.slot);
+      consumer.meet_other();
+      if (threadIdx.x == 0) TileFlags(params, tile.index(params.tiling, head_k)).publish(params, piece.slot);
     }
   }
+}
+
+/// The KV producer's walk over them.
+template <class Traits>
+__device__ __forceinline__ void produce_kv(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, int head_k,
+                                           int part_idx) {
+  NarrowProducer<Traits> producer(params, shared);
+  PieceWalk walk(params, shared.plan.part, part_idx);
+  Piece piece;
+  while (walk.next(piece)) producer.load_piece(piece, head_k);
 }
 
 /// Dense MLA decode where all query rows of a request that share a KV head fit into one tile of Traits::kRows. Grid and
@@ -61,31 +73,26 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   auto& shared = *reinterpret_cast<NarrowStorage<Traits>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
   const int head_k = blockIdx.y;
-  const int part_idx = blockIdx.z;
   const QueryTile tile(params.tiling, blockIdx.x);
 
-  if (part_idx >= params.num_parts) {
-    ptx::wait_for_previous_grids();
-    Combine<Traits>(params, tile, blockIdx.x, head_k, shared_bytes).run(part_idx - params.num_parts);
-    return;
-  }
   init_shared(params, shared);
-  __syncthreads();
   ptx::wait_for_previous_grids();
+  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  __syncthreads();
 
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
-    const int producer = threadIdx.x / 32 - Traits::kConsumerThreads / 32;
-    if (producer == 0) {
-      NarrowProducer<Traits> loader(params, shared);
-      PieceWalk walk(params, part_idx);
-      Piece piece;
-      while (walk.next(piece)) loader.load_piece(piece, head_k);
+    const CtaRole role(params);
+    const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
+    if (warp == 0 && role.computes) produce_kv(params, shared, head_k, role.part_idx);
+    if (warp == 1 && role.computes && threadIdx.x % 32 == 0) {
+      produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
     }
-    if (producer == 1 && threadIdx.x % 32 == 0) produce_query<Traits>(params, shared, tile, head_k, part_idx);
+    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();
-    consume(params, shared, warpgroup, tile, head_k, part_idx);
+    if (const CtaRole role(params); role.computes) consume(params, shared, warpgroup, tile, head_k, role.part_idx);
+    if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
   }
 }
 

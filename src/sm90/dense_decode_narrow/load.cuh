@@ -73,7 +73,8 @@ class NarrowProducer {
       const int page = pages.of_box(row / params_.box_tokens);
       if (has_chunk) {
         ptx::tma_load_4d(kv_ + at.slot * Traits::kChunkBytes + row * Traits::kRowBytes, &params_.k_cache_map, full,
-                         chunk * Traits::kChunkColumns, (block * Traits::kBlockN + row) & page_mask, head_k, page);
+                         chunk * Traits::kChunkColumns, (block * Traits::kBlockN + row) & page_mask, head_k, page,
+                         ptx::Keep::kNotForLong);
       }
     }
     at_ = at_ + Traits::kNumChunks;
@@ -93,7 +94,7 @@ template <class Traits>
 __device__ void produce_query(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const QueryTile& tile,
                               int head_k, int part_idx) {
   std::uint32_t phase = 0;
-  PieceWalk walk(params, part_idx);
+  PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
   while (walk.next(piece)) {
     if (piece.begin_block == piece.end_block) continue;

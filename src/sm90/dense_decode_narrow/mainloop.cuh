@@ -85,6 +85,14 @@ class NarrowConsumer {
     first_block_ += num_blocks;
   }
 
+  /// Waits until the other consumer has come here too.
+  __device__ __forceinline__ void meet_other() {
+    const std::uint32_t barrier = ptx::shared_address(&shared_.consumers_met);
+    ptx::mbarrier_arrive(barrier);
+    ptx::mbarrier_wait(barrier, met_phase_);
+    met_phase_ ^= 1;
+  }
+
   float o[Traits::kNumVChunks][Traits::kAccumulators];
   float row_max[Traits::kRowsPerThread];
   float row_sum[Traits::kRowsPerThread];  // over this thread's tokens only
@@ -248,6 +256,7 @@ class NarrowConsumer {
   const int warpgroup_;
   const std::uint32_t q_, p_, kv_, kv_full_, kv_empty_;
   std::uint32_t q_phase_ = 0;
+  std::uint32_t met_phase_ = 0;
   unsigned first_block_ = 0;  // blocks of the pieces before, by both warpgroups
   Ring at_;                   // the own block
   float s_[Traits::kAccumulators];

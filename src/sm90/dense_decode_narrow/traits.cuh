@@ -27,20 +27,42 @@ struct NarrowTraits : TileTraits<Element> {
   /// Chunks of O that a consumer writes, after merging its own with those of the other.
   static constexpr int kOwnChunks = Base::kNumVChunks / Base::kNumConsumers;
 
+  /// Consumer thread's quads, for merging: register 4 * quad of its own chunks on. Value i is row i % 2, column step *
+  /// (i / 2).
+  static constexpr int kQuadsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 4;
+  static constexpr int kQuadRowStep = 1;
+  static constexpr int kQuadColumnStep = 8;
+  __device__ static constexpr int quad_row(int i) { return i % 2; }
+  __device__ static Quad quad(int warp, int lane, int quad) {
+    constexpr int kQuadsPerChunk = kAccumulators / 4;
+    const int chunk = warp / Base::kWarpgroupWarps * kOwnChunks + quad / kQuadsPerChunk;
+    return {quad % kQuadsPerChunk * 8 + lane % 4 * 2,
+            chunk * Base::kChunkColumns + warp % Base::kWarpgroupWarps * 16 + lane / 4};
+  }
+  /// The rows that a warp's quads lie in: kWarpRows from this one on.
+  static constexpr int kWarpRows = kRows;
+  __device__ static int first_row(int) { return 0; }
+
   static_assert(kRows == 16 || kRows == 32, "as there are wgmma wrappers");
   static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
 };
 
 template <class Traits>
 struct alignas(1024) NarrowStorage {
+  /// The memory of Q, P and KV, where split requests are merged in the end.
+  static constexpr int kMergeBytes = Traits::kNumChunks * Traits::kQChunkBytes +
+                                     Traits::kNumConsumers * Traits::kPBytes + Traits::kNumSlots * Traits::kChunkBytes;
+
   unsigned char q[Traits::kNumChunks * Traits::kQChunkBytes];  // at the end of a piece: O on its way between consumers
   unsigned char p[Traits::kNumConsumers][Traits::kPBytes];
   unsigned char kv[Traits::kNumSlots][Traits::kChunkBytes];
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float row_max[Traits::kNumConsumers][Traits::kRows];
+  PartPlan plan;
   std::uint64_t q_full;
   std::uint64_t q_empty;
+  std::uint64_t consumers_met;
   std::uint64_t kv_full[Traits::kNumSlots];
   std::uint64_t kv_empty[Traits::kNumSlots];
 };

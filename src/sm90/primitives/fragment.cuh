@@ -36,6 +36,16 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
   }
 }
 
+/// A value, rounded to nearest even.
+template <class Element>
+__device__ __forceinline__ Element convert(float value) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return __float2half_rn(value);
+  }
+}
+
 /// Sum over the four threads that share a row.
 __device__ __forceinline__ float row_reduce_sum(float value) {
   value += __shfl_xor_sync(~0U, value, 1);

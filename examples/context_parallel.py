@@ -1,0 +1,382 @@
+"""One request's cache spread over several GPUs: each decodes the tokens that it holds, and partial results merge.
+
+torchrun --nproc-per-node 8 examples/context_parallel.py --tokens 131072 --graph    a Hopper GPU a rank; else on the CPU
+python examples/context_parallel.py --in-turn 8 --tokens 131072                     the shards in turn, on one device
+
+Every rank has the queries of all heads. Two ways of exchanging the partial results:
+
+--exchange gather   every rank gets all of them and merges all heads
+--exchange heads    every rank gets those of its part of the heads, and ends with that part: 1/N of the bytes
+
+Checks the result against one device over the whole cache; exit code 1 if it is off. docs/context_parallel.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from flash_mla import flash_mla_with_kvcache, merge_states
+from flash_mla.reference import LSE_ABSOLUTE, LSE_RELATIVE, OUT_ABSOLUTE, OUT_COSINE, OUT_RELATIVE
+
+HEAD_DIM, HEAD_DIM_V = 576, 512
+NUM_TIMES = 5  # timings of which the median counts
+
+
+@dataclass
+class Problem:
+    """A step of decoding, with the whole cache."""
+
+    q: torch.Tensor  # (batch, seqlen_q, num_heads, 576)
+    k_cache: torch.Tensor  # (num_pages, page_size, 1, 576)
+    block_table: torch.Tensor  # (batch, max_pages)
+    cache_seqlens: torch.Tensor  # (batch,)
+    causal: bool
+
+    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """On one device."""
+        return flash_mla_with_kvcache(
+            self.q, self.k_cache, self.block_table, self.cache_seqlens, HEAD_DIM_V, causal=self.causal
+        )
+
+
+def make_problem(options: argparse.Namespace, device: torch.device) -> Problem:
+    """The same on every rank. Pages of a request lie anywhere in the cache."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(options.tokens * options.batch, dtype=torch.int32)
+    pages = -(-lengths // options.page_size)
+    order = torch.randperm(int(pages.sum()), generator=random, dtype=torch.int32)
+    block_table = torch.zeros(len(lengths), int(pages.max()), dtype=torch.int32)
+    for row, used in zip(block_table, order.split(pages.tolist()), strict=True):
+        row[: len(used)] = used
+
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+
+    def normal(std: float, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+
+    return Problem(
+        q=normal(5.0, len(lengths), options.queries, options.heads, HEAD_DIM),
+        k_cache=normal(0.05, len(order), options.page_size, 1, HEAD_DIM),
+        block_table=block_table.to(device),
+        cache_seqlens=lengths.to(device),
+        causal=options.causal,
+    )
+
+
+def tokens_on(rank: int, num_ranks: int, tokens: torch.Tensor, page_size: int) -> torch.Tensor:
+    """How many of a request's first `tokens` tokens a rank holds, where its page j lies on rank j % num_ranks.
+
+    They are the first ones of those that the rank holds of the request.
+    """
+    whole_pages, rest = tokens // page_size, tokens % page_size
+    own_pages = (whole_pages + num_ranks - 1 - rank) // num_ranks
+    return own_pages * page_size + rest * (whole_pages % num_ranks == rank)
+
+
+class Shard:
+    """What one rank holds of the cache: of each request, every num_ranks-th page.
+
+    A request that grows fills a page and goes on with one of the next rank, so nothing ever moves.
+    """
+
+    def __init__(self, problem: Problem, rank: int, num_ranks: int) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+        self._page_size = problem.k_cache.shape[1]
+        # Causal, a query must not see the tokens after its own, and which ranks hold those differs between requests.
+        # So each query becomes a request, that sees of each rank's tokens as many as lie before it.
+        self._rows = problem.q.shape[1] if problem.causal else 1
+        pages = problem.block_table[:, rank::num_ranks]
+        self.k_cache = problem.k_cache[pages.flatten().long()]
+        table = torch.arange(pages.numel(), dtype=torch.int32, device=pages.device).view(pages.shape)
+        self.block_table = table.repeat_interleave(self._rows, 0)
+        self.cache_seqlens = torch.empty(self.block_table.shape[0], dtype=torch.int32, device=pages.device)
+        self.set_lengths(problem.cache_seqlens)
+
+    def set_lengths(self, cache_seqlens: torch.Tensor) -> None:
+        """New lengths of the whole requests: once a step, for all layers."""
+        hidden = torch.arange(self._rows - 1, -1, -1, dtype=torch.int32, device=cache_seqlens.device)
+        seen = (cache_seqlens[:, None] - hidden).clamp(min=0)
+        self.cache_seqlens.copy_(tokens_on(self._rank, self._num_ranks, seen, self._page_size).flatten())
+
+    def decode(self, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Writes out (batch, seqlen_q, num_heads, 512) and lse (batch, seqlen_q, num_heads)."""
+        if self._rows > 1:
+            q, out, lse = (x.flatten(0, 1)[:, None] for x in (q, out, lse))
+        flash_mla_with_kvcache(
+            q, self.k_cache, self.block_table, self.cache_seqlens, HEAD_DIM_V, out=out, lse=lse.transpose(1, 2)
+        )
+
+
+class States:
+    """Room for partial results. Each is one piece of memory, so that one collective exchanges out and lse."""
+
+    def __init__(self, num_states: int, batch: int, seqlen_q: int, num_heads: int, like: torch.Tensor) -> None:
+        rows = (batch, seqlen_q, num_heads)
+        out_bytes = batch * seqlen_q * num_heads * HEAD_DIM_V * like.element_size()
+        lse_bytes = batch * seqlen_q * num_heads * 4
+        padding = -lse_bytes % 16  # keeps the next state's out on 16 bytes
+        self.bytes = like.new_zeros((num_states, out_bytes + lse_bytes + padding), dtype=torch.uint8)
+        self.outs = self.bytes[:, :out_bytes].view(like.dtype).view(num_states, *rows, HEAD_DIM_V)
+        self.lses = self.bytes[:, out_bytes : out_bytes + lse_bytes].view(torch.float32).view(num_states, *rows)
+
+    def merge(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return merge_states(self.outs, self.lses.transpose(2, 3))
+
+
+class Gather:
+    """Every rank gets all partial results."""
+
+    def __init__(self, q: torch.Tensor, num_ranks: int) -> None:
+        self.mine = States(1, *q.shape[:3], like=q)
+        self.received = States(num_ranks, *q.shape[:3], like=q)
+        self.bytes_received = (num_ranks - 1) * self.mine.bytes.numel()
+
+    def exchange(self) -> None:
+        dist.all_gather_into_tensor(self.received.bytes, self.mine.bytes)
+
+
+class Heads:
+    """Every rank gets the partial results of its part of the heads."""
+
+    def __init__(self, q: torch.Tensor, num_ranks: int) -> None:
+        batch, seqlen_q, num_heads, _ = q.shape
+        if num_heads % num_ranks != 0:
+            raise SystemExit(f"--exchange heads: expected --heads that {num_ranks} ranks divide, got {num_heads}")
+        self.mine = States(1, batch, seqlen_q, num_heads, like=q)
+        self._sent, self.received = (
+            States(num_ranks, batch, seqlen_q, num_heads // num_ranks, like=q) for _ in range(2)
+        )
+        self.bytes_received = (num_ranks - 1) * self._sent.bytes[0].numel()
+
+    def exchange(self) -> None:
+        for mine, sent in ((self.mine.outs[0], self._sent.outs), (self.mine.lses[0], self._sent.lses)):
+            sent.copy_(mine.unflatten(2, (sent.shape[0], sent.shape[3])).movedim(2, 0))
+        dist.all_to_all_single(self.received.bytes, self._sent.bytes)
+
+
+class Clock:
+    """Times calls on a device, as CUDA graphs if asked to; the slowest rank counts."""
+
+    def __init__(self, device: torch.device, steps: int, graph: bool) -> None:
+        self._device, self._steps, self._graph = device, steps, graph
+
+    def microseconds(self, call: Callable[[], object]) -> float:
+        repeat = self.capture(call) if self._graph else call
+        times = []
+        for _ in range(NUM_TIMES):
+            self._synchronize()
+            begin = time.perf_counter()
+            for _ in range(self._steps):
+                repeat()
+            self._synchronize()
+            times.append((time.perf_counter() - begin) / self._steps * 1e6)
+        slowest = torch.tensor(statistics.median(times), device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return slowest.item()
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], None]:
+        """A CUDA graph of a call. Its results lie where they lay when it was captured."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's own thread asks for events meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+        return graph.replay
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def run_ranks(options: argparse.Namespace, problem: Problem, clock: Clock) -> dict[str, Any]:
+    """This process is one of the ranks."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    shard = Shard(problem, rank, num_ranks)
+    way = {"gather": Gather, "heads": Heads}[options.exchange](problem.q, num_ranks)
+
+    def decode() -> None:
+        shard.decode(problem.q, way.mine.outs[0], way.mine.lses[0])
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        decode()
+        way.exchange()
+        return way.received.merge()
+
+    expected_out, expected_lse = problem.decode()
+    heads = slice(rank * options.heads // num_ranks, (rank + 1) * options.heads // num_ranks)
+    if options.exchange == "heads":
+        expected_out, expected_lse = expected_out[:, :, heads], expected_lse[:, heads]
+    report = compare(*run_step(step, clock, options.graph), expected_out, expected_lse)
+    times = {
+        name: clock.microseconds(call)
+        for name, call in (
+            ("one_device", problem.decode),
+            ("step", step),
+            ("decode", decode),
+            ("exchange", way.exchange),
+            ("merge", way.received.merge),
+        )
+    }
+    return {
+        **report,
+        "ranks": num_ranks,
+        "exchange": options.exchange,
+        "bytes_received_per_rank": way.bytes_received,
+        "microseconds": times,
+        "speedup": times["one_device"] / times["step"],
+        "exchange_share": times["exchange"] / times["step"],
+    }
+
+
+def run_in_turn(options: argparse.Namespace, problem: Problem, clock: Clock) -> dict[str, Any]:
+    """All ranks' shards, one after the other, on this device; nothing is exchanged."""
+    num_ranks = options.in_turn
+    shards = [Shard(problem, rank, num_ranks) for rank in range(num_ranks)]
+    states = States(num_ranks, *problem.q.shape[:3], like=problem.q)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        for shard, out, lse in zip(shards, states.outs, states.lses, strict=True):
+            shard.decode(problem.q, out, lse)
+        return states.merge()
+
+    report = compare(*run_step(step, clock, options.graph), *problem.decode())
+    times = {"one_device": clock.microseconds(problem.decode), "step": clock.microseconds(step)}
+    times["decode"] = max(
+        clock.microseconds(lambda shard=shard: shard.decode(problem.q, states.outs[0], states.lses[0]))
+        for shard in shards
+    )
+    times["merge"] = clock.microseconds(states.merge)
+    return {
+        **report,
+        "ranks": num_ranks,
+        "exchange": None,
+        "microseconds": times,
+        "speedup_without_exchange": times["one_device"] / (times["decode"] + times["merge"]),
+    }
+
+
+def run_step(
+    step: Callable[[], tuple[torch.Tensor, torch.Tensor]], clock: Clock, graph: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results of a step, as a graph if asked to."""
+    if not graph:
+        return step()
+    results: list[torch.Tensor] = []
+    replay = clock.capture(lambda: results.__setitem__(slice(None), step()))
+    for result in results:
+        result.fill_(float("nan"))
+    replay()
+    torch.cuda.synchronize()  # before the graph goes
+    return results[0], results[1]
+
+
+def compare(
+    out: torch.Tensor, lse: torch.Tensor, expected_out: torch.Tensor, expected_lse: torch.Tensor
+) -> dict[str, Any]:
+    """Errors, and whether all ranks keep to the contract's tolerances.
+
+    These are for one result against float64. Here are two, each rounded, so cosine differences add up.
+    """
+    out, lse, expected_out, expected_lse = (x.double() for x in (out, lse, expected_out, expected_lse))
+    energy = (out * out + expected_out * expected_out).sum().clamp(min=1e-300)
+    cosine = 1 - 2 * (out * expected_out).sum() / energy if out.any() or expected_out.any() else energy * 0
+    error_out = (out - expected_out).abs()
+    error_lse = (lse - expected_lse).abs().where(lse != expected_lse, 0.0)  # both may be +inf
+    passed = (
+        bool(((error_out <= OUT_ABSOLUTE) | (error_out <= OUT_RELATIVE * expected_out.abs())).all())
+        and bool(((error_lse <= LSE_ABSOLUTE) | (error_lse / expected_lse.abs() <= LSE_RELATIVE)).all())
+        and bool(cosine < 2 * OUT_COSINE)
+    )
+    worst = torch.stack([error_out.max(), error_lse.max(), cosine, torch.tensor(float(not passed), device=out.device)])
+    if dist.is_initialized():
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+    names = ("error_out", "error_lse", "cosine_difference", "failed")
+    report = dict(zip(names, worst.tolist(), strict=True))
+    return {"passed": report.pop("failed") == 0, **report}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    where = "in turn on" if report["exchange"] is None else f"exchanging by {report['exchange']}, on"
+    print(f"{report['ranks']} ranks {where} {report['device']}")
+    for name, microseconds in report["microseconds"].items():
+        print(f"  {name:<12}{microseconds:10.1f} us")
+    for name in ("speedup", "speedup_without_exchange", "exchange_share"):
+        if name in report:
+            print(f"  {name.replace('_', ' ')}: {report[name]:.2f}")
+    if "bytes_received_per_rank" in report:
+        print(f"  each rank receives {report['bytes_received_per_rank']:,} bytes a step")
+    verdict = "agrees with" if report["passed"] else "is OFF from"
+    print(f"  {verdict} one device: out within {report['error_out']:.1e}, lse within {report['error_lse']:.1e}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="tokens of each request")
+    parser.add_argument("--batch", type=int, default=1, help="repeats those requests")
+    parser.add_argument("--heads", type=int, default=128)
+    parser.add_argument("--queries", type=int, default=1, help="query tokens of a request")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--exchange", choices=("gather", "heads"), default="gather")
+    parser.add_argument("--in-turn", type=int, metavar="N", help="N ranks' shards in turn, without torch.distributed")
+    parser.add_argument("--graph", action="store_true", help="capture a step in a CUDA graph")
+    parser.add_argument("--steps", type=int, default=100, help="steps of one timing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    local_ranks = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    has_gpu = torch.cuda.device_count() >= len(local_ranks) and all(
+        torch.cuda.get_device_capability(index) == (9, 0) for index in local_ranks
+    )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    elif options.graph:
+        raise SystemExit("--graph: needs a Hopper GPU")
+    if options.in_turn is None:
+        if "RANK" not in os.environ:
+            raise SystemExit("expected to be started by torchrun, or with --in-turn N")
+        dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
+    try:
+        clock = Clock(device, options.steps, options.graph)
+        run = run_ranks if options.in_turn is None else run_in_turn
+        result = run(options, make_problem(options, device), clock)
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    shape = {key: value for key, value in vars(options).items() if key not in ("json", "in_turn", "exchange")}
+    name = torch.cuda.get_device_name(device) if has_gpu else "CPU"
+    report = {"device": name, **shape, **result}
+    if is_first:
+        print_report(report)
+        if options.json is not None:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,203 @@
+#include "flash_mla/c_api.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+
+#include "flash_mla/flash_mla.h"
+
+namespace flash_mla {
+namespace {
+
+static_assert(FLASH_MLA_BFLOAT16 == static_cast<int>(DType::kBFloat16));
+static_assert(FLASH_MLA_FLOAT16 == static_cast<int>(DType::kFloat16));
+static_assert(FLASH_MLA_FLOAT32 == static_cast<int>(DType::kFloat32));
+static_assert(FLASH_MLA_FLOAT64 == static_cast<int>(DType::kFloat64));
+static_assert(FLASH_MLA_FLOAT8_E4M3 == static_cast<int>(DType::kFloat8E4M3));
+static_assert(FLASH_MLA_FLOAT8_E5M2 == static_cast<int>(DType::kFloat8E5M2));
+static_assert(FLASH_MLA_INT8 == static_cast<int>(DType::kInt8));
+static_assert(FLASH_MLA_INT16 == static_cast<int>(DType::kInt16));
+static_assert(FLASH_MLA_INT32 == static_cast<int>(DType::kInt32));
+static_assert(FLASH_MLA_INT64 == static_cast<int>(DType::kInt64));
+static_assert(FLASH_MLA_UINT8 == static_cast<int>(DType::kUInt8));
+static_assert(FLASH_MLA_UINT16 == static_cast<int>(DType::kUInt16));
+static_assert(FLASH_MLA_UINT32 == static_cast<int>(DType::kUInt32));
+static_assert(FLASH_MLA_UINT64 == static_cast<int>(DType::kUInt64));
+static_assert(FLASH_MLA_BOOL == static_cast<int>(DType::kBool));
+static_assert(FLASH_MLA_OTHER == static_cast<int>(DType::kOther));
+
+/// The dimensions that the C struct has room for: none of its operations takes more.
+constexpr int kMaxRankInC = sizeof(flash_mla_tensor::shape) / sizeof(std::int64_t);
+static_assert(kMaxRankInC <= kMaxRank);
+
+/// Of fixed size, so that an error can be kept where memory has run out.
+struct LastError {
+  char message[1024];
+  int cuda_error;
+};
+thread_local LastError last_error{};
+
+flash_mla_status keep(flash_mla_status status, const char* message, int cuda_error = 0) noexcept {
+  std::snprintf(last_error.message, sizeof(last_error.message), "%s", message);
+  last_error.cuda_error = cuda_error;
+  return status;
+}
+
+/// Runs `function`; an exception becomes a status, and the thread's last error.
+template <class Function>
+flash_mla_status guarded(const Function& function) noexcept {
+  try {
+    function();
+    return FLASH_MLA_OK;
+  } catch (const InvalidType& error) {
+    return keep(FLASH_MLA_INVALID_TYPE, error.what());
+  } catch (const InvalidArgument& error) {
+    return keep(FLASH_MLA_INVALID_ARGUMENT, error.what());
+  } catch (const Unsupported& error) {
+    return keep(FLASH_MLA_UNSUPPORTED, error.what());
+  } catch (const CudaError& error) {
+    return keep(FLASH_MLA_CUDA_ERROR, error.what(), error.code());
+  } catch (const std::bad_alloc&) {
+    return keep(FLASH_MLA_OUT_OF_MEMORY, "out of host memory");
+  } catch (const std::exception& error) {
+    return keep(FLASH_MLA_INTERNAL_ERROR, error.what());
+  } catch (...) {
+    return keep(FLASH_MLA_INTERNAL_ERROR, "an exception of unknown type");
+  }
+}
+
+[[noreturn]] void fail(const char* name, const std::string& expected, const std::string& got) {
+  throw InvalidArgument(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+template <class T>
+T& require(const char* name, T* pointer) {
+  if (pointer == nullptr) fail(name, "an address", "a null pointer");
+  return *pointer;
+}
+
+void check_rank(const char* name, std::int32_t rank) {
+  if (rank < 0 || rank > kMaxRankInC) fail(name, "rank 0 to " + std::to_string(kMaxRankInC), std::to_string(rank));
+}
+
+Device to_device(const char* name, std::int32_t type, std::int32_t index) {
+  if (type != FLASH_MLA_CPU && type != FLASH_MLA_CUDA) {
+    fail(name, "device_type 0 (CPU) or 1 (CUDA)", std::to_string(type));
+  }
+  return {type == FLASH_MLA_CPU ? DeviceType::kCpu : DeviceType::kCuda, index};
+}
+
+Tensor to_tensor(const char* name, const flash_mla_tensor& from) {
+  Tensor tensor;
+  if (from.rank == 0) return tensor;
+  check_rank(name, from.rank);
+  tensor.data = from.data;
+  const bool is_known = from.dtype >= 0 && from.dtype <= FLASH_MLA_OTHER;
+  tensor.dtype = is_known ? static_cast<DType>(from.dtype) : DType::kOther;
+  tensor.device = to_device(name, from.device_type, from.device_index);
+  tensor.rank = from.rank;
+  std::copy_n(from.shape, kMaxRankInC, tensor.shape.begin());
+  std::copy_n(from.strides, kMaxRankInC, tensor.strides.begin());
+  return tensor;
+}
+
+/// A copy of the caller's struct, whose header may be older or newer than this library: fields that the caller does not
+/// have yet are 0, and fields that the library does not know must be.
+flash_mla_dense_decode_arguments read(const flash_mla_dense_decode_arguments* arguments) {
+  constexpr std::size_t kFirstSize = offsetof(flash_mla_dense_decode_arguments, causal) + sizeof(std::int32_t);
+  const std::size_t size = require("arguments", arguments).struct_size;
+  if (size < kFirstSize) {
+    fail("arguments", "struct_size of at least " + std::to_string(kFirstSize), std::to_string(size));
+  }
+  flash_mla_dense_decode_arguments known{};
+  std::memcpy(&known, arguments, std::min(size, sizeof(known)));
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(arguments);
+  if (size > sizeof(known) &&
+      std::any_of(bytes + sizeof(known), bytes + size, [](unsigned char b) { return b != 0; })) {
+    throw Unsupported("arguments: fields past the first " + std::to_string(sizeof(known)) +
+                      " bytes are of a newer version than this library's, " FLASH_MLA_VERSION);
+  }
+  return known;
+}
+
+DenseDecodeArguments to_arguments(const flash_mla_dense_decode_arguments* arguments) {
+  const flash_mla_dense_decode_arguments from = read(arguments);
+  DenseDecodeArguments args;
+  args.q = to_tensor("q", from.q);
+  args.k_cache = to_tensor("k_cache", from.k_cache);
+  args.block_table = to_tensor("block_table", from.block_table);
+  args.cache_seqlens = to_tensor("cache_seqlens", from.cache_seqlens);
+  args.out = to_tensor("out", from.out);
+  args.lse = to_tensor("lse", from.lse);
+  args.tile_scheduler_metadata = to_tensor("tile_scheduler_metadata", from.tile_scheduler_metadata);
+  args.num_splits = to_tensor("num_splits", from.num_splits);
+  args.softmax_scale = from.softmax_scale == 0.0F ? kDefaultSoftmaxScale : from.softmax_scale;
+  args.causal = from.causal != 0;
+  return args;
+}
+
+}  // namespace
+}  // namespace flash_mla
+
+namespace fm = flash_mla;
+
+const char* flash_mla_version() { return FLASH_MLA_VERSION; }
+
+const char* flash_mla_last_error() { return fm::last_error.message; }
+
+std::int32_t flash_mla_last_cuda_error() { return fm::last_error.cuda_error; }
+
+flash_mla_status flash_mla_set_contiguous_strides(flash_mla_tensor* tensor) {
+  return fm::guarded([&] {
+    flash_mla_tensor& t = fm::require("tensor", tensor);
+    fm::check_rank("tensor", t.rank);
+    std::int64_t stride = 1;
+    for (int i = t.rank - 1; i >= 0; --i) {
+      t.strides[i] = stride;
+      if (t.shape[i] < 0 || __builtin_mul_overflow(stride, t.shape[i], &stride)) {
+        fm::fail("tensor", "extents of at least 0, and fewer than 2^63 elements",
+                 std::to_string(t.shape[i]) + " as extent " + std::to_string(i));
+      }
+    }
+  });
+}
+
+flash_mla_status flash_mla_dense_decode_num_sm_parts(std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k,
+                                                     std::int32_t device_type, std::int32_t device_index,
+                                                     std::int64_t* num_sm_parts) {
+  return fm::guarded([&] {
+    std::int64_t& result = fm::require("num_sm_parts", num_sm_parts);
+    result = fm::dense_decode_num_sm_parts(num_q_tokens_per_head_k, num_heads_k,
+                                           fm::to_device("device", device_type, device_index));
+  });
+}
+
+flash_mla_status flash_mla_plan_dense_decode(const flash_mla_tensor* cache_seqlens,
+                                             const flash_mla_tensor* tile_scheduler_metadata,
+                                             const flash_mla_tensor* num_splits, CUstream_st* stream) {
+  return fm::guarded([&] {
+    const fm::Tensor lengths = fm::to_tensor("cache_seqlens", fm::require("cache_seqlens", cache_seqlens));
+    const fm::Tensor metadata =
+        fm::to_tensor("tile_scheduler_metadata", fm::require("tile_scheduler_metadata", tile_scheduler_metadata));
+    const fm::Tensor splits = fm::to_tensor("num_splits", fm::require("num_splits", num_splits));
+    fm::plan_dense_decode(lengths, metadata, splits, stream);
+  });
+}
+
+flash_mla_status flash_mla_dense_decode_workspace_size(const flash_mla_dense_decode_arguments* arguments,
+                                                       std::size_t* bytes) {
+  return fm::guarded([&] {
+    std::size_t& result = fm::require("bytes", bytes);
+    result = fm::dense_decode_workspace_size(fm::to_arguments(arguments));
+  });
+}
+
+flash_mla_status flash_mla_dense_decode(const flash_mla_dense_decode_arguments* arguments, void* workspace,
+                                        std::size_t workspace_bytes, CUstream_st* stream) {
+  return fm::guarded([&] { fm::dense_decode(fm::to_arguments(arguments), workspace, workspace_bytes, stream); });
+}

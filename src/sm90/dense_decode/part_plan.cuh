@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstdint>
+
+#include "scheduler/warp_plan.cuh"
+#include "sm90/dense_decode/params.h"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/shared.cuh"
+
+// What a CTA needs to know of the plan. Either the plan lies in global memory, or each CTA makes its own part of it.
+
+namespace flash_mla::sm90 {
+
+/// A request whose pieces lie in consecutive parts.
+struct SplitRequest {
+  int request;
+  int first_part;
+  int num_pieces;  // 0: none
+
+  __device__ int slot(int piece) const { return 2 * (first_part + piece) + (piece == 0 ? 1 : 0); }
+};
+
+/// In shared memory.
+struct PartPlan {
+  scheduler::Part part;
+  /// The request that the part continues, and the one that it begins and does not end.
+  SplitRequest splits[2];
+  std::uint64_t splits_ready;  // an mbarrier for one arrival
+};
+
+__device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
+  return part.num_pieces > 1 && (part.end_request > part.begin_request || part.begin_block == 0);
+}
+
+/// Writes the part, and where it is planned here the splits too. By one warp.
+__device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
+  if (params.parts != nullptr) {
+    if (threadIdx.x % 32 == 0) plan.part = params.parts[part_idx];
+    return;
+  }
+  std::int32_t continued_pieces;
+  const scheduler::Part part =
+      scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, continued_pieces);
+  if (threadIdx.x % 32 != 0) return;
+  plan.part = part;
+  plan.splits[0] = {part.begin_request, part.first_part, continued_pieces};
+  plan.splits[1] = {part.end_request, part_idx, begins_a_split(part) ? part.num_pieces : 0};
+}
+
+/// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,
+/// so that not all pieces would come.
+__device__ inline SplitRequest find_split(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx,
+                                          int i) {
+  const bool continues = part.begin_block > 0 && part.first_part >= 0 && part.first_part < part_idx;
+  if (part.begin_request > part.end_request || !(i == 0 ? continues : begins_a_split(part))) return {};
+
+  const int first_part = i == 0 ? part.first_part : part_idx;
+  const scheduler::Part first = params.parts[first_part];
+  const SplitRequest split{first.end_request, first_part, first.num_pieces};
+  bool is_good =
+      split.request >= 0 && split.request < params.batch_size && part_idx < first_part + split.num_pieces &&
+      split.num_pieces <= params.num_parts - first_part && first.end_block != scheduler::kToEnd &&
+      (first.begin_request < split.request || (first.begin_request == split.request && first.begin_block == 0));
+  for (int piece = 1 + threadIdx.x % 32; is_good && piece < split.num_pieces; piece += 32) {
+    const scheduler::Part other = params.parts[first_part + piece];
+    is_good = other.begin_request == split.request && other.end_request >= split.request && other.begin_block > 0;
+  }
+  return __all_sync(~0U, is_good) ? split : SplitRequest{};
+}
+
+/// Finds the part's splits, while it is computed, and arrives at splits_ready. By one warp.
+__device__ inline void find_splits(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
+  if (params.parts != nullptr) {
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const SplitRequest split = find_split(params, plan.part, part_idx, i);
+      if (threadIdx.x % 32 == 0) plan.splits[i] = split;
+    }
+  }
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&plan.splits_ready));
+}
+
+}  // namespace flash_mla::sm90

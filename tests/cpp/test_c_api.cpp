@@ -1,0 +1,179 @@
+// What the C interface adds to the C++ one: statuses for exceptions, structs of other versions, values out of range.
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flash_mla/c_api.h"
+#include "flash_mla/flash_mla.h"
+
+namespace flash_mla {
+namespace {
+
+template <class... Extents>
+flash_mla_tensor make_c_tensor(void* data, flash_mla_dtype dtype, Extents... shape) {
+  flash_mla_tensor t{data, dtype, FLASH_MLA_CPU, 0, sizeof...(shape), {static_cast<std::int64_t>(shape)...}, {}};
+  EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_OK);
+  return t;
+}
+
+/// One query of 8 heads over 5 tokens; `more` is what a newer header would add to the arguments.
+struct Call {
+  std::vector<std::uint16_t> q = std::vector<std::uint16_t>(8 * kHeadDimQk, 0x3f80);
+  std::vector<std::uint16_t> k_cache = std::vector<std::uint16_t>(64 * kHeadDimQk, 0x3f00);
+  std::int32_t page = 0;
+  std::int32_t seqlen = 5;
+  std::vector<std::uint16_t> out = std::vector<std::uint16_t>(8 * kHeadDimV);
+  std::vector<float> lse = std::vector<float>(8);
+  struct {
+    flash_mla_dense_decode_arguments args{};
+    std::uint64_t more = 0;
+  } given;
+
+  Call() {
+    flash_mla_dense_decode_arguments& args = given.args;
+    args.struct_size = sizeof(args);
+    args.q = make_c_tensor(q.data(), FLASH_MLA_BFLOAT16, 1, 1, 8, kHeadDimQk);
+    args.k_cache = make_c_tensor(k_cache.data(), FLASH_MLA_BFLOAT16, 1, 64, 1, kHeadDimQk);
+    args.block_table = make_c_tensor(&page, FLASH_MLA_INT32, 1, 1);
+    args.cache_seqlens = make_c_tensor(&seqlen, FLASH_MLA_INT32, 1);
+    args.out = make_c_tensor(out.data(), FLASH_MLA_BFLOAT16, 1, 1, 8, kHeadDimV);
+    args.lse = make_c_tensor(lse.data(), FLASH_MLA_FLOAT32, 1, 8, 1);
+  }
+  flash_mla_status run() { return flash_mla_dense_decode(&given.args, nullptr, 0, nullptr); }
+};
+
+TEST(CApi, VersionIsTheProjects) {
+  const std::string version = flash_mla_version();
+  EXPECT_EQ(version, FLASH_MLA_TEST_VERSION);
+}
+
+TEST(CApi, ScaleOfZeroIsTheDefault) {
+  Call by_default, by_value;
+  by_value.given.args.softmax_scale = kDefaultSoftmaxScale;
+  ASSERT_EQ(by_default.run(), FLASH_MLA_OK);
+  ASSERT_EQ(by_value.run(), FLASH_MLA_OK);
+  EXPECT_EQ(by_default.lse, by_value.lse);
+  by_value.given.args.softmax_scale = 0.5F;
+  ASSERT_EQ(by_value.run(), FLASH_MLA_OK);
+  EXPECT_NE(by_default.lse, by_value.lse);
+}
+
+TEST(CApi, CausalReachesTheLibrary) {
+  Call call;
+  call.given.args.q.shape[1] = 2;  // 2 queries of 4 heads
+  call.given.args.q.shape[2] = 4;
+  call.given.args.out.shape[1] = 2;
+  call.given.args.out.shape[2] = 4;
+  call.given.args.lse.shape[1] = 4;
+  call.given.args.lse.shape[2] = 2;
+  for (flash_mla_tensor* t : {&call.given.args.q, &call.given.args.out, &call.given.args.lse}) {
+    ASSERT_EQ(flash_mla_set_contiguous_strides(t), FLASH_MLA_OK);
+  }
+  ASSERT_EQ(call.run(), FLASH_MLA_OK);
+  EXPECT_EQ(call.lse[0], call.lse[1]);
+  call.given.args.causal = 1;
+  ASSERT_EQ(call.run(), FLASH_MLA_OK);
+  EXPECT_LT(call.lse[0], call.lse[1]);  // the first query sees 4 of the 5 tokens
+}
+
+TEST(CApi, RefusesStructsThatAreTooSmall) {
+  Call call;
+  call.given.args.struct_size = sizeof(call.given.args) - 1;
+  EXPECT_EQ(call.run(), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_EQ(std::string(flash_mla_last_error()), "arguments: expected struct_size of at least " +
+                                                     std::to_string(sizeof(call.given.args)) + ", got " +
+                                                     std::to_string(sizeof(call.given.args) - 1));
+}
+
+TEST(CApi, TakesStructsOfANewerHeaderWhoseNewFieldsAreZero) {
+  Call call;
+  call.given.args.struct_size = sizeof(call.given);
+  ASSERT_EQ(call.run(), FLASH_MLA_OK);
+  call.given.more = std::uint64_t{1} << 63;
+  EXPECT_EQ(call.run(), FLASH_MLA_UNSUPPORTED);
+  EXPECT_NE(std::strstr(flash_mla_last_error(), "newer version"), nullptr) << flash_mla_last_error();
+}
+
+TEST(CApi, NamesTheTensorWhoseFieldsAreOutOfRange) {
+  const struct {
+    flash_mla_tensor flash_mla_dense_decode_arguments::* tensor;
+    std::int32_t flash_mla_tensor::* field;
+    std::int32_t value;
+    flash_mla_status status;
+    const char* message;
+  } mistakes[] = {
+      {&flash_mla_dense_decode_arguments::q, &flash_mla_tensor::rank, 5, FLASH_MLA_INVALID_ARGUMENT,
+       "q: expected rank 0 to 4, got 5"},
+      {&flash_mla_dense_decode_arguments::lse, &flash_mla_tensor::rank, -1, FLASH_MLA_INVALID_ARGUMENT,
+       "lse: expected rank 0 to 4, got -1"},
+      {&flash_mla_dense_decode_arguments::out, &flash_mla_tensor::rank, 0, FLASH_MLA_INVALID_ARGUMENT,
+       "out: expected shape (1, 1, 8, 512), got ()"},
+      {&flash_mla_dense_decode_arguments::block_table, &flash_mla_tensor::device_type, 2, FLASH_MLA_INVALID_ARGUMENT,
+       "block_table: expected device_type 0 (CPU) or 1 (CUDA), got 2"},
+      {&flash_mla_dense_decode_arguments::cache_seqlens, &flash_mla_tensor::dtype, 99, FLASH_MLA_INVALID_TYPE,
+       "cache_seqlens: expected dtype int32, got an unknown dtype"},
+      {&flash_mla_dense_decode_arguments::k_cache, &flash_mla_tensor::dtype, -1, FLASH_MLA_INVALID_TYPE,
+       "k_cache: expected dtype bfloat16 as q, got an unknown dtype"},
+      {&flash_mla_dense_decode_arguments::num_splits, &flash_mla_tensor::rank, 1, FLASH_MLA_INVALID_ARGUMENT,
+       "tile_scheduler_metadata: expected both parts of a plan or neither, got one alone"},
+  };
+  for (const auto& mistake : mistakes) {
+    Call call;
+    call.given.args.*mistake.tensor.*mistake.field = mistake.value;
+    EXPECT_EQ(call.run(), mistake.status) << mistake.message;
+    EXPECT_STREQ(flash_mla_last_error(), mistake.message);
+  }
+}
+
+TEST(CApi, NamesPointersThatAreNull) {
+  const Call call;
+  EXPECT_EQ(flash_mla_dense_decode_workspace_size(&call.given.args, nullptr), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_STREQ(flash_mla_last_error(), "bytes: expected an address, got a null pointer");
+  EXPECT_EQ(flash_mla_dense_decode_num_sm_parts(1, 1, FLASH_MLA_CPU, 0, nullptr), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_STREQ(flash_mla_last_error(), "num_sm_parts: expected an address, got a null pointer");
+  EXPECT_EQ(flash_mla_plan_dense_decode(&call.given.args.cache_seqlens, nullptr, nullptr, nullptr),
+            FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_STREQ(flash_mla_last_error(), "tile_scheduler_metadata: expected an address, got a null pointer");
+  EXPECT_EQ(flash_mla_set_contiguous_strides(nullptr), FLASH_MLA_INVALID_ARGUMENT);
+}
+
+TEST(CApi, RefusesExtentsWithoutStrides) {
+  constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
+  flash_mla_tensor t{nullptr, FLASH_MLA_INT32, FLASH_MLA_CPU, 0, 2, {2, -1}, {}};
+  EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
+  t.shape[1] = kHuge;
+  EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
+  t.rank = 5;
+  EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_STREQ(flash_mla_last_error(), "tensor: expected rank 0 to 4, got 5");
+}
+
+TEST(CApi, EveryThreadHasItsOwnLastError) {
+  EXPECT_EQ(flash_mla_dense_decode(nullptr, nullptr, 0, nullptr), FLASH_MLA_INVALID_ARGUMENT);
+  const std::string mine = flash_mla_last_error();
+  std::string before = "unset", after;
+  std::thread([&] {
+    before = flash_mla_last_error();
+    flash_mla_dense_decode_num_sm_parts(0, 1, FLASH_MLA_CPU, 0, nullptr);
+    after = flash_mla_last_error();
+  }).join();
+  EXPECT_EQ(before, "");
+  EXPECT_EQ(after, "num_sm_parts: expected an address, got a null pointer");
+  EXPECT_EQ(flash_mla_last_error(), mine);
+}
+
+TEST(CApi, NoSuchGpuIsUnsupported) {
+  std::int64_t parts = 0;
+  EXPECT_EQ(flash_mla_dense_decode_num_sm_parts(1, 1, FLASH_MLA_CUDA, 1000, &parts), FLASH_MLA_UNSUPPORTED);
+  EXPECT_EQ(flash_mla_last_cuda_error(), 0);
+  EXPECT_EQ(std::string(flash_mla_last_error()).rfind("device: ", 0), 0U) << flash_mla_last_error();
+}
+
+}  // namespace
+}  // namespace flash_mla
