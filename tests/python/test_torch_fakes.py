@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -45,8 +46,8 @@ def assert_like(got: Results, expected: Results, device: str) -> None:
 def test_fake_tensors(device_type: str) -> None:
     """They tell the results' shapes, those of a GPU without one too."""
     case = make_case(CPU_SPEC, "cpu")
-    symbols = torch_module.fx.experimental.symbolic_shapes.ShapeEnv()
-    mode = torch_module._subclasses.FakeTensorMode(shape_env=symbols)
+    symbols = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv()
+    mode = import_module("torch._subclasses").FakeTensorMode(shape_env=symbols)
     arrays = fake(mode, case, device_type)
     expected = left_out(*tensors(case))
     for way in (left_out, planned_inside, sched_meta_inside):
@@ -65,7 +66,7 @@ def test_fake_tensors(device_type: str) -> None:
 def test_a_fake_plan_has_the_size_of_a_real_one(torch: Any, num_q_tokens: int) -> None:
     seqlens = torch.tensor([100, 200], dtype=torch.int32, device="cuda")
     real = get_mla_metadata(seqlens, num_q_tokens, 1)
-    with torch._subclasses.FakeTensorMode() as mode:
+    with import_module("torch._subclasses").FakeTensorMode() as mode:
         planned = get_mla_metadata(mode.from_tensor(seqlens), num_q_tokens, 1)
     assert [x.shape for x in planned] == [x.shape for x in real]
 
@@ -91,7 +92,7 @@ def test_meta_tensors() -> None:
 def test_errors_come_while_tracing(name: str, change: Any, error: type[Exception], message: str) -> None:
     case = make_case(CPU_SPEC, "cpu")
     names = ("q", "k_cache", "block_table", "cache_seqlens")
-    mode = torch_module._subclasses.FakeTensorMode()
+    mode = import_module("torch._subclasses").FakeTensorMode()
     arrays = dict(zip(names, fake(mode, case, "cpu"), strict=True))
     with mode:
         arrays[name] = change(arrays[name])
@@ -106,7 +107,7 @@ def test_errors_come_while_tracing(name: str, change: Any, error: type[Exception
 def test_dispatch_modes_see_the_call(case: Case) -> None:
     seen = []
 
-    class Watch(torch_module.utils._python_dispatch.TorchDispatchMode):
+    class Watch(import_module("torch.utils._python_dispatch").TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
@@ -123,7 +124,9 @@ def test_dispatch_modes_see_the_call(case: Case) -> None:
 
 def test_make_fx_records_the_call(case: Case) -> None:
     arrays = tensors(case)
-    traced = torch_module.fx.experimental.proxy_tensor.make_fx(left_out)(*(torch_module.zeros_like(x) for x in arrays))
+    traced = import_module("torch.fx.experimental.proxy_tensor").make_fx(left_out)(
+        *(torch_module.zeros_like(x) for x in arrays)
+    )
     assert_same(traced(*arrays), left_out(*arrays))
 
 
