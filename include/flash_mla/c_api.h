@@ -57,9 +57,9 @@ typedef struct flash_mla_tensor {
   int32_t dtype;         ///< a flash_mla_dtype
   int32_t device_type;   ///< a flash_mla_device_type
   int32_t device_index;  ///< CUDA device ordinal, 0 for the CPU
-  int32_t rank;          ///< 1 to 4; 0 for an argument left out
-  int64_t shape[4];
-  int64_t strides[4];  ///< in elements
+  int32_t rank;          ///< 1 to 5; 0 for an argument left out
+  int64_t shape[5];
+  int64_t strides[5];  ///< in elements
 } flash_mla_tensor;
 
 /// Arguments of dense decode; tensors as dense_decode.h describes them. Zero the struct, then set struct_size.

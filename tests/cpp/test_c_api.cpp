@@ -108,10 +108,10 @@ TEST(CApi, NamesTheTensorWhoseFieldsAreOutOfRange) {
     flash_mla_status status;
     const char* message;
   } mistakes[] = {
-      {&flash_mla_dense_decode_arguments::q, &flash_mla_tensor::rank, 5, FLASH_MLA_INVALID_ARGUMENT,
-       "q: expected rank 0 to 4, got 5"},
+      {&flash_mla_dense_decode_arguments::q, &flash_mla_tensor::rank, 6, FLASH_MLA_INVALID_ARGUMENT,
+       "q: expected rank 0 to 5, got 6"},
       {&flash_mla_dense_decode_arguments::lse, &flash_mla_tensor::rank, -1, FLASH_MLA_INVALID_ARGUMENT,
-       "lse: expected rank 0 to 4, got -1"},
+       "lse: expected rank 0 to 5, got -1"},
       {&flash_mla_dense_decode_arguments::out, &flash_mla_tensor::rank, 0, FLASH_MLA_INVALID_ARGUMENT,
        "out: expected shape (1, 1, 8, 512), got ()"},
       {&flash_mla_dense_decode_arguments::block_table, &flash_mla_tensor::device_type, 2, FLASH_MLA_INVALID_ARGUMENT,
@@ -149,9 +149,9 @@ TEST(CApi, RefusesExtentsWithoutStrides) {
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
   t.shape[1] = kHuge;
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
-  t.rank = 5;
+  t.rank = 6;
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
-  EXPECT_STREQ(flash_mla_last_error(), "tensor: expected rank 0 to 4, got 5");
+  EXPECT_STREQ(flash_mla_last_error(), "tensor: expected rank 0 to 5, got 6");
 }
 
 TEST(CApi, EveryThreadHasItsOwnLastError) {

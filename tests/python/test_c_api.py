@@ -26,8 +26,8 @@ class Tensor(ctypes.Structure):
         ("device_type", ctypes.c_int32),
         ("device_index", ctypes.c_int32),
         ("rank", ctypes.c_int32),
-        ("shape", ctypes.c_int64 * 4),
-        ("strides", ctypes.c_int64 * 4),
+        ("shape", ctypes.c_int64 * 5),
+        ("strides", ctypes.c_int64 * 5),
     )
 
 
@@ -65,7 +65,7 @@ def describe(array: Any) -> Tensor:
     else:
         data, device, index, strides = array.data_ptr(), CUDA, array.device.index, array.stride()
     dtype = DTYPES[str(array.dtype).removeprefix("torch.")]
-    extents = ctypes.c_int64 * 4
+    extents = ctypes.c_int64 * 5
     return Tensor(data, dtype, device, index, array.ndim, extents(*array.shape), extents(*strides))
 
 

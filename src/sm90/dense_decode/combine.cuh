@@ -64,32 +64,54 @@ class Combine {
     int first = kNumUnits * slice / n;
 #pragma unroll 1
     for (; first < end; first += max_count) {
-      const int count = min(max_count, end - first);
-      load_sums(split);
+      const Batch batch(first, min(max_count, end - first));
+      load_sums(split, batch);
       ptx::async_copy_commit();
-      load_values(split, first, count);
+      load_values(split, batch);
       ptx::async_copy_commit();
       ptx::async_copy_wait<1>();
       sync();
-      weigh(split, first);  // while the values are on their way
+      weigh(split, batch);  // while the values are on their way
       ptx::async_copy_wait<0>();
       sync();
 #pragma unroll 1
-      for (int i = warp(); i < count; i += Traits::kConsumerWarps) merge_unit(split, first + i, i, count);
+      for (int i = warp(); i < batch.count; i += Traits::kConsumerWarps) merge_unit(split, batch, i);
       sync();  // before shared memory is filled again
     }
   }
 
  private:
-  // In shared memory: sums of all rows of each piece, whose x becomes the piece's weight; for each row where its result
-  // goes and what its values are multiplied with; `count` units of each piece.
-  __device__ std::uint32_t sum_at(int piece, int row) const {
-    return shared_ + (piece * Traits::kRows + row) * static_cast<int>(sizeof(RowSum));
+  /// What shared memory holds of a slice at a time: `count` units of each piece, and all that belongs to the rows that
+  /// they lie in.
+  struct Batch {
+    int first;
+    int count;
+    int first_row;
+    int num_rows;  // a power of two
+
+    __device__ Batch(int first_unit, int num_units) : first(first_unit), count(num_units) {
+      const int row = Traits::first_row(first / Traits::kQuadsPerThread);
+      const bool is_one_warp = first / Traits::kQuadsPerThread == (first + count - 1) / Traits::kQuadsPerThread;
+      first_row = is_one_warp ? row : 0;
+      num_rows = is_one_warp ? Traits::kWarpRows : Traits::kRows;
+    }
+    /// Whether this is the batch that writes the row's log-sum-exp: the one with its first column.
+    __device__ bool writes_lse_of(int row) const {
+      const int unit = row / Traits::kWarpRows * Traits::kQuadsPerThread;
+      return first <= unit && unit < first + count;
+    }
+  };
+
+  // In shared memory: for each row where its result goes and what its values are multiplied with; sums of each row of
+  // each piece, whose x becomes the piece's weight; units of each piece.
+  __device__ std::uint32_t result_at(int row) const { return shared_ + row * static_cast<int>(sizeof(float4)); }
+  __device__ std::uint32_t sum_at(const Batch& batch, int piece, int row) const {
+    return result_at(Traits::kRows) +
+           (piece * batch.num_rows + row - batch.first_row) * static_cast<int>(sizeof(RowSum));
   }
-  __device__ std::uint32_t result_at(const SplitRequest& split, int row) const {
-    return sum_at(split.num_pieces, 0) + row * static_cast<int>(sizeof(float4));
+  __device__ std::uint32_t values(const SplitRequest& split, const Batch& batch) const {
+    return sum_at(batch, split.num_pieces, batch.first_row);
   }
-  __device__ std::uint32_t values(const SplitRequest& split) const { return result_at(split, Traits::kRows); }
 
   __device__ __forceinline__ void wait_for_pieces(const SplitRequest& split) const {
     const TileFlags flags(params_, tile_.index(params_.tiling, head_k_));
@@ -104,76 +126,89 @@ class Combine {
     }
   }
 
-  // A warp for each piece.
-  __device__ __forceinline__ void load_sums(const SplitRequest& split) const {
+  /// A thread for each 16 bytes.
+  __device__ __forceinline__ void load_sums(const SplitRequest& split, const Batch& batch) const {
     constexpr int kSumsPerVector = sizeof(float4) / sizeof(RowSum);
-    if (lane() >= Traits::kRows / kSumsPerVector) return;
+    const int vectors_log2 = 31 - __clz(batch.num_rows / kSumsPerVector);
 #pragma unroll 1
-    for (int piece = warp(); piece < split.num_pieces; piece += Traits::kConsumerWarps) {
-      ptx::async_copy_16(sum_at(piece, lane() * kSumsPerVector), slot(split, piece).sums + lane() * kSumsPerVector);
+    for (int i = threadIdx.x; i < split.num_pieces << vectors_log2; i += Traits::kConsumerThreads) {
+      const int piece = i >> vectors_log2;
+      const int row = batch.first_row + (i & ((1 << vectors_log2) - 1)) * kSumsPerVector;
+      ptx::async_copy_16(sum_at(batch, piece, row), slot(split, piece).sums + row);
     }
   }
-  __device__ __forceinline__ void load_values(const SplitRequest& split, int first, int count) const {
+  /// A warp for each piece.
+  __device__ __forceinline__ void load_values(const SplitRequest& split, const Batch& batch) const {
+    const std::uint32_t to = values(split, batch) + lane() * static_cast<int>(sizeof(float4));
+    const int piece_bytes = batch.count * kUnitBytes;
 #pragma unroll 1
     for (int piece = warp(); piece < split.num_pieces; piece += Traits::kConsumerWarps) {
-      const std::uint32_t to = values(split) + piece * count * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
-      const float4* const from = slot(split, piece).quads + first * 32 + lane();
+      const float4* const from = slot(split, piece).quads + batch.first * 32 + lane();
 #pragma unroll 4
-      for (int i = 0; i < count; ++i) ptx::async_copy_16(to + i * kUnitBytes, from + i * 32);
+      for (int i = 0; i < batch.count; ++i) {
+        ptx::async_copy_16(to + piece * piece_bytes + i * kUnitBytes, from + i * 32);
+      }
     }
   }
   __device__ SlotTile<Traits> slot(const SplitRequest& split, int piece) const {
     return {params_, split.slot(piece), tile_.index(params_.tiling, head_k_)};
   }
 
-  /// Weights of the pieces in each row, and the row's log-sum-exp if this is the slice that writes it.
-  __device__ __forceinline__ void weigh(const SplitRequest& split, int first) const {
-    constexpr int kThreadsPerRow = Traits::kConsumerThreads / Traits::kRows;  // side by side in a warp
-    const int row = threadIdx.x / kThreadsPerRow;
-    const int begin = threadIdx.x % kThreadsPerRow;
+  /// Weights of the pieces in each row. The threads of a row lie side by side in a warp.
+  __device__ __forceinline__ void weigh(const SplitRequest& split, const Batch& batch) const {
+    const int threads_per_row = Traits::kConsumerThreads / batch.num_rows;
+    const int row = batch.first_row + static_cast<int>(threadIdx.x) / threads_per_row;
+    const int begin = threadIdx.x % threads_per_row;
     float max = kNoMax;
 #pragma unroll 1
-    for (int i = begin; i < split.num_pieces; i += kThreadsPerRow) {
-      max = fmaxf(max, ptx::load_shared_v2(sum_at(i, row)).x);
+    for (int i = begin; i < split.num_pieces; i += threads_per_row) {
+      max = fmaxf(max, ptx::load_shared_v2(sum_at(batch, i, row)).x);
     }
-    for (int lanes = 1; lanes < kThreadsPerRow; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
+#pragma unroll 1
+    for (int lanes = 1; lanes < threads_per_row; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
     float total = 0.0F;
 #pragma unroll 1
-    for (int i = begin; i < split.num_pieces; i += kThreadsPerRow) {
-      const RowSum sum = ptx::load_shared_v2(sum_at(i, row));
+    for (int i = begin; i < split.num_pieces; i += threads_per_row) {
+      const RowSum sum = ptx::load_shared_v2(sum_at(batch, i, row));
       const float weight = ptx::exp2_approx(sum.x - max);
       total = fmaf(weight, sum.y, total);
-      ptx::store_shared(sum_at(i, row), weight);
+      ptx::store_shared(sum_at(batch, i, row), weight);
     }
-    for (int lanes = 1; lanes < kThreadsPerRow; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
+#pragma unroll 1
+    for (int lanes = 1; lanes < threads_per_row; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
     if (begin != 0) return;
     const RowCoordinate at(params_, tile_, head_k_, row);
     const FinalOutput<Element> output{params_, split.request};
-    ptx::store_shared_v4(result_at(split, row), at.is_valid ? output.row(at) : nullptr, inverse_sum(total));
-    if (first == 0 && at.is_valid) output.write_lse(at, max, total);
+    ptx::store_shared_v4(result_at(row), at.is_valid ? output.row(at) : nullptr, inverse_sum(total));
+    if (at.is_valid && batch.writes_lse_of(row)) output.write_lse(at, max, total);
   }
 
-  /// Unit `unit`, which is number `i` of `count` in shared memory. By one warp.
-  __device__ __forceinline__ void merge_unit(const SplitRequest& split, int unit, int i, int count) const {
+  /// Unit `i` of the batch. By one warp.
+  __device__ __forceinline__ void merge_unit(const SplitRequest& split, const Batch& batch, int i) const {
+    const int unit = batch.first + i;
     const Quad quad = Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
-    const std::uint32_t weights[2] = {sum_at(0, quad.row), sum_at(0, quad.row + Traits::kQuadRowStep)};
-    const std::uint32_t from = values(split) + i * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
+    const int value_step = batch.count * kUnitBytes;
+    const int weight_step = batch.num_rows * static_cast<int>(sizeof(RowSum));
+    std::uint32_t from = values(split, batch) + i * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
+    std::uint32_t weights = sum_at(batch, 0, quad.row);
     float merged[4] = {};
 #pragma unroll 4
     for (int piece = 0; piece < split.num_pieces; ++piece) {
-      const float4 value = ptx::load_shared_v4(from + piece * count * kUnitBytes);
-      const float weight[2] = {ptx::load_shared(weights[0] + piece * kRowsBytes),
-                               ptx::load_shared(weights[1] + piece * kRowsBytes)};
+      const float4 value = ptx::load_shared_v4(from);
+      const float weight[2] = {ptx::load_shared(weights),
+                               ptx::load_shared(weights + Traits::kQuadRowStep * static_cast<int>(sizeof(RowSum)))};
       merged[0] = fmaf(weight[Traits::quad_row(0)], value.x, merged[0]);
       merged[1] = fmaf(weight[Traits::quad_row(1)], value.y, merged[1]);
       merged[2] = fmaf(weight[Traits::quad_row(2)], value.z, merged[2]);
       merged[3] = fmaf(weight[Traits::quad_row(3)], value.w, merged[3]);
+      from += value_step;
+      weights += weight_step;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       Element* row;
       float inverse;
-      ptx::load_shared_v4(result_at(split, quad.row + r * Traits::kQuadRowStep), row, inverse);
+      ptx::load_shared_v4(result_at(quad.row + r * Traits::kQuadRowStep), row, inverse);
       if (row != nullptr) write(row + quad.column, merged, r, inverse);
     }
   }

@@ -18,8 +18,8 @@ namespace flash_mla::sm90 {
 
 template <class Traits>
 __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Traits>& shared) {
+  constexpr int kWarps = Traits::kWarpgroupWarps;
   if (threadIdx.x == 0) {
-    constexpr int kWarps = Traits::kWarpgroupWarps;
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
     ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
@@ -28,9 +28,13 @@ __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Trait
     for (auto& barrier : shared.exchange_full) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
     }
+    ptx::fence_mbarrier_init();
+  }
+  const int chunk = static_cast<int>(threadIdx.x) - 32;
+  if (chunk >= 0 && chunk < Traits::kNumChunks) {
     for (int buffer = 0; buffer < Traits::kNumBuffers; ++buffer) {
-      for (auto& barrier : shared.kv_full[buffer]) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
-      for (auto& barrier : shared.kv_empty[buffer]) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarps);
+      ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[buffer][chunk]), 1);
+      if (chunk < Traits::kNumPairs) ptx::mbarrier_init(ptx::shared_address(&shared.kv_empty[buffer][chunk]), kWarps);
     }
     ptx::fence_mbarrier_init();
   }

@@ -88,7 +88,7 @@ class NarrowEpilogue {
 
   __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
 
-  /// The sums over both consumers, written, and in `scale` what this consumer's O is multiplied with.
+  /// Writes the sums over both consumers; in `scale`, what this consumer's O is multiplied with.
   __device__ __forceinline__ void merge_sums(Consumer& consumer, bool has_blocks,
                                              float (&scale)[Traits::kRowsPerThread]) const {
     const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
@@ -103,38 +103,39 @@ class NarrowEpilogue {
       }
       consumer.meet_other();
     }
+    if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x, has_blocks);
+    if (!has_blocks) return;
+    consumer.meet_other();
 #pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const int row = Consumer::row_at(k);
-      float max = kNoMax;
-      float sum = 0.0F;
-      if (has_blocks) {
-        max = fmaxf(shared_.row_max[0][row], shared_.row_max[1][row]);
-        float factor[Traits::kNumConsumers];
-#pragma unroll
-        for (int w = 0; w < Traits::kNumConsumers; ++w) {
-          factor[w] = ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
-          float part = 0.0F;
-#pragma unroll
-          for (int i = 0; i < Traits::kWarpgroupWarps; ++i) part += shared_.warp_sum[w][i][row];
-          sum += part * factor[w];
-        }
-        scale[k] = warpgroup_ == 0 ? factor[0] : factor[1];
-        if (piece_.is_whole) scale[k] *= inverse_sum(sum);
-      }
-      if (warpgroup_ == 0 && warp == 0 && has_rows) write_sum(row, max, sum);
-    }
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) scale[k] = shared_.scale[warpgroup_][Consumer::row_at(k)];
   }
 
-  __device__ __forceinline__ void write_sum(int row, float max, float sum) const {
-    if (!piece_.is_whole) {
+  __device__ __forceinline__ void merge_row(int row, bool has_blocks) const {
+    float max = kNoMax;
+    float sum = 0.0F;
+    if (has_blocks) {
+      max = fmaxf(shared_.row_max[0][row], shared_.row_max[1][row]);
+      float factor[Traits::kNumConsumers];
+#pragma unroll
+      for (int w = 0; w < Traits::kNumConsumers; ++w) {
+        factor[w] = ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
+        float part = 0.0F;
+#pragma unroll
+        for (int i = 0; i < Traits::kWarpgroupWarps; ++i) part += shared_.warp_sum[w][i][row];
+        sum += part * factor[w];
+      }
+      const float inverse = piece_.is_whole ? inverse_sum(sum) : 1.0F;
+#pragma unroll
+      for (int w = 0; w < Traits::kNumConsumers; ++w) shared_.scale[w][row] = factor[w] * inverse;
+    }
+    if (piece_.is_whole) {
+      const RowCoordinate at = coordinate(row);
+      if (at.is_valid) {
+        FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
+      }
+    } else {
       SlotTile<Traits>(params_, piece_.slot, tile_.index(params_.tiling, head_k_)).sums[row] =
           make_float2(max * params_.softmax_scale_log2, sum);
-      return;
-    }
-    const RowCoordinate at = coordinate(row);
-    if (at.is_valid) {
-      FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
     }
   }
 

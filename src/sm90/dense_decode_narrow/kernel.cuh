@@ -25,10 +25,12 @@ __device__ void init_shared(const DenseDecodeParams& params, NarrowStorage<Trait
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
     ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
-    for (auto& barrier : shared.kv_full) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
-    for (auto& barrier : shared.kv_empty) {
-      ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);
-    }
+    ptx::fence_mbarrier_init();
+  }
+  const int slot = static_cast<int>(threadIdx.x) - 32;
+  if (slot >= 0 && slot < Traits::kNumSlots) {
+    ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[slot]), 1);
+    ptx::mbarrier_init(ptx::shared_address(&shared.kv_empty[slot]), Traits::kWarpgroupWarps);
     ptx::fence_mbarrier_init();
   }
   clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);

@@ -59,6 +59,7 @@ struct alignas(1024) NarrowStorage {
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float row_max[Traits::kNumConsumers][Traits::kRows];
+  float scale[Traits::kNumConsumers][Traits::kRows];
   PartPlan plan;
   std::uint64_t q_full;
   std::uint64_t q_empty;
