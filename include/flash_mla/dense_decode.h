@@ -49,6 +49,11 @@ struct DenseDecodeArguments {
 /// @throws InvalidArgument, InvalidType, Unsupported, CudaError
 FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args);
 
+/// The same for whoever lays out memory before there is a device to ask, as compilers do: bytes that suffice on every
+/// GPU that the kernels run on, about a tenth more than on one of 132 SMs. The device of the tensors is not looked at.
+/// @throws InvalidArgument, InvalidType
+FLASH_MLA_API std::size_t dense_decode_max_workspace_size(const DenseDecodeArguments& args);
+
 /// Runs dense decode. On a CUDA device: launches on `stream` and returns; allocates nothing, never synchronises, leaves
 /// the calling thread's current device as it was, and can be captured in a CUDA graph, which on replay follows the
 /// values in cache_seqlens, block_table and, if given, the plan. Two calls that may overlap need a workspace each.

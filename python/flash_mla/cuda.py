@@ -12,7 +12,6 @@ from ._C import CudaError
 
 _COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _COMPUTE_CAPABILITY_MINOR = 76
-_DEFAULT_STREAM = None
 _RELEASE_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -83,30 +82,6 @@ def gpus() -> list[Gpu]:
     count = ctypes.c_int()
     _check(driver, "cuDeviceGetCount", ctypes.byref(count))
     return [_gpu(driver, index) for index in range(count.value)]
-
-
-def synchronize(device: int) -> None:
-    """Wait for the default stream of a device.
-
-    Raises
-    ------
-    CudaError
-        where work on the stream has failed.
-    """
-    driver = _driver()
-    if driver is None:
-        raise CudaError(str(start_error()))
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    _check(driver, "cuDeviceGet", ctypes.byref(handle), device)
-    _check(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-    try:
-        _check(driver, "cuCtxPushCurrent_v2", context)
-        try:
-            _check(driver, "cuStreamSynchronize", _DEFAULT_STREAM)
-        finally:
-            _check(driver, "cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-    finally:
-        _check(driver, "cuDevicePrimaryCtxRelease_v2", handle)
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:

@@ -15,7 +15,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 CPP_FOLDERS = ("src/api", "src/bindings", "src/cpu", "src/cuda")
-PYTHON_FILES = ("cuda", "decode", "frameworks", "info", "merge", "plan", "integration/_shared", "integration/vllm")
+PYTHON_FILES = (
+    *("calls", "cuda", "decode", "frameworks", "info", "jax_ffi", "merge", "plan", "torch_library"),
+    *("integration/_shared", "integration/vllm"),
+)
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import hopper
 import pytest
-from flash_mla import _C, CudaError, cli, cuda, info
+from flash_mla import _C, cli, cuda, info
 
 H200 = ("NVIDIA H200", (9, 0))
 B200 = ("NVIDIA B200", (10, 0))
@@ -176,8 +176,6 @@ def test_nothing_is_asked_of_a_driver_that_does_not_start(monkeypatch: pytest.Mo
     install(monkeypatch, FakeDriver(init_code=803))
     assert cuda.driver_version() == (13, 0)
     assert cuda.gpus() == []
-    with pytest.raises(CudaError, match="does not start: cuInit failed with 803"):
-        cuda.synchronize(0)
 
 
 def test_build() -> None:

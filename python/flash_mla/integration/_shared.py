@@ -6,8 +6,8 @@ import sys
 from typing import NoReturn
 
 from .. import _C
+from ..calls import Array
 from ..decode import flash_mla_with_kvcache
-from ..frameworks import Array
 from ..plan import FlashMLASchedMeta
 
 

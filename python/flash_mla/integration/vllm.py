@@ -14,8 +14,8 @@ from inspect import signature
 from typing import Any, NoReturn
 
 from .. import _C
+from ..calls import Array
 from ..decode import flash_mla_with_kvcache as flash_mla_with_kvcache
-from ..frameworks import Array
 from ..plan import FlashMLASchedMeta as FlashMLASchedMeta
 from ..plan import get_mla_metadata as _plan
 from ._shared import decode_with_descales, replace
