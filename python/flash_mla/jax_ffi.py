@@ -41,8 +41,8 @@ class Jax(Framework):
         _workspace_size(call)
 
     def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
-        given = [array for array in call.arrays if array is not None]
-        out, lse = self._decode(*given, softmax_scale=call.softmax_scale, causal=call.causal)
+        arrays = call._replace(out=None, lse=None).arrays
+        out, lse = self._decode(*arrays, softmax_scale=call.softmax_scale, causal=call.causal)
         return out, lse
 
     def plan_dense_decode(
@@ -62,10 +62,9 @@ class Jax(Framework):
         out, lse = self._merge(*call.states(), num_outs=num_outs, result_shapes=call.result_shapes())
         return out, lse
 
-    def _call_decode(self, *arrays: Array, softmax_scale: float, causal: bool) -> tuple[Array, Array]:
-        """arrays: q, k_cache, block_table, cache_seqlens and perhaps the two of a plan."""
-        plan = arrays[4:] or (None, None)
-        call = DecodeCall._make((*arrays[:4], None, None, *plan, softmax_scale, causal))
+    def _call_decode(self, *arrays: Array | None, softmax_scale: float, causal: bool) -> tuple[Array, Array]:
+        """arrays: those of a DecodeCall."""
+        call = DecodeCall._make((*arrays, softmax_scale, causal))
         out_shape, lse_shape = call.result_shapes()
         results = (
             self._result(out_shape, call.q.dtype),
@@ -74,7 +73,8 @@ class Jax(Framework):
         )
         np = self._jax.numpy
         options = {"softmax_scale": np.float32.dtype.type(softmax_scale), "causal": np.bool_.dtype.type(causal)}
-        out, lse, _ = self._ffi.ffi_call(_DECODE, results)(*arrays, **options)
+        given = [array for array in arrays if array is not None]
+        out, lse, _ = self._ffi.ffi_call(_DECODE, results)(*given, **options)
         return out, lse
 
     def _call_plan(self, cache_seqlens: Array, num_sm_parts: int) -> tuple[Array, Array]:

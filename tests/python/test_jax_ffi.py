@@ -239,6 +239,19 @@ def test_errors_of_a_plan() -> None:
         get_mla_metadata(seqlens, 16, 0)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["outside jit", "inside jit"])
+def test_half_a_plan_is_refused(compiled: bool) -> None:
+    arrays = [jax_module.numpy.asarray(x) for x in arrays_of(make_case(CPU_SPEC))]
+    metadata, num_splits = plan_for(arrays[0], arrays[1], arrays[3])
+    for plan, name in (((metadata, None), "num_splits"), ((None, num_splits), "tile_scheduler_metadata")):
+
+        def decode(*arrays: Any, plan: Any = plan) -> Results:
+            return flash_mla_with_kvcache(*arrays, 512, *plan)
+
+        with pytest.raises(ValueError, match=f"^{name}: expected both parts of a plan or neither, got one alone"):
+            (jax_module.jit(decode) if compiled else decode)(*arrays)
+
+
 def test_has_no_derivative_and_no_vmap() -> None:
     q, *others = (jax_module.numpy.asarray(x) for x in arrays_of(make_case(CPU_SPEC)))
     with pytest.raises(ValueError, match=r"flash_mla_dense_decode.*cannot be differentiated"):
