@@ -30,10 +30,7 @@ static_assert(FLASH_MLA_UINT32 == static_cast<int>(DType::kUInt32));
 static_assert(FLASH_MLA_UINT64 == static_cast<int>(DType::kUInt64));
 static_assert(FLASH_MLA_BOOL == static_cast<int>(DType::kBool));
 static_assert(FLASH_MLA_OTHER == static_cast<int>(DType::kOther));
-
-/// The dimensions that the C struct has room for: none of its operations takes more.
-constexpr int kMaxRankInC = sizeof(flash_mla_tensor::shape) / sizeof(std::int64_t);
-static_assert(kMaxRankInC <= kMaxRank);
+static_assert(sizeof(flash_mla_tensor::shape) == sizeof(Tensor::shape));
 
 /// Of fixed size, so that an error can be kept where memory has run out.
 struct LastError {
@@ -82,7 +79,7 @@ T& require(const char* name, T* pointer) {
 }
 
 void check_rank(const char* name, std::int32_t rank) {
-  if (rank < 0 || rank > kMaxRankInC) fail(name, "rank 0 to " + std::to_string(kMaxRankInC), std::to_string(rank));
+  if (rank < 0 || rank > kMaxRank) fail(name, "rank 0 to " + std::to_string(kMaxRank), std::to_string(rank));
 }
 
 Device to_device(const char* name, std::int32_t type, std::int32_t index) {
@@ -101,8 +98,8 @@ Tensor to_tensor(const char* name, const flash_mla_tensor& from) {
   tensor.dtype = is_known ? static_cast<DType>(from.dtype) : DType::kOther;
   tensor.device = to_device(name, from.device_type, from.device_index);
   tensor.rank = from.rank;
-  std::copy_n(from.shape, kMaxRankInC, tensor.shape.begin());
-  std::copy_n(from.strides, kMaxRankInC, tensor.strides.begin());
+  std::copy_n(from.shape, kMaxRank, tensor.shape.begin());
+  std::copy_n(from.strides, kMaxRank, tensor.strides.begin());
   return tensor;
 }
 
