@@ -92,21 +92,17 @@ CUtensorMap make_q_map(const Tensor& q, const sm90::QueryTiling& tiling) {
                                 q.dtype,
                                 {q.shape[3], q.shape[2], q.shape[1], q.shape[0]},
                                 {map_stride(q, 2), map_stride(q, 1), map_stride(q, 0)},
-                                {kChunkColumns, tiling.heads_per_tile, tiling.queries_per_tile, 1},
-                                /*fetches_ahead=*/true});
+                                {kChunkColumns, tiling.heads_per_tile, tiling.queries_per_tile, 1}});
 }
 
-/// The narrow kernel reads all columns of a token at once and is bound by HBM: fetching ahead leaves it 4.1 TB/s
-/// of 4.4. The other one takes chunk after chunk, and is bound by how long one takes.
-CUtensorMap make_k_cache_map(const Tensor& k, int box_tokens, bool fetches_ahead, const void* any_address) {
+CUtensorMap make_k_cache_map(const Tensor& k, int box_tokens, const void* any_address) {
   // A cache without pages is never read, but the map wants an address and an extent.
   void* data = k.shape[0] > 0 ? k.data : const_cast<void*>(any_address);
   return cuda::make_tensor_map({data,
                                 k.dtype,
                                 {k.shape[3], k.shape[1], k.shape[2], std::max<std::int64_t>(k.shape[0], 1)},
                                 {map_stride(k, 1), map_stride(k, 2), map_stride(k, 0)},
-                                {kChunkColumns, box_tokens, 1, 1},
-                                fetches_ahead});
+                                {kChunkColumns, box_tokens, 1, 1}});
 }
 
 int log2_of(std::int64_t power_of_two) {
@@ -125,7 +121,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.q_map = make_q_map(args.q, params.tiling);
   params.page_size_log2 = log2_of(shape.page_size);
   params.box_tokens = static_cast<int>(std::min<std::int64_t>(shape.page_size, scheduler::kBlockN));
-  params.k_cache_map = make_k_cache_map(args.k_cache, params.box_tokens, !params.tiling.is_narrow(), args.q.data);
+  params.k_cache_map = make_k_cache_map(args.k_cache, params.box_tokens, args.q.data);
   params.max_seqlen_k = shape.num_pages > 0 ? static_cast<int>(shape.max_pages * shape.page_size) : 0;
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];

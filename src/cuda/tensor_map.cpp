@@ -41,12 +41,11 @@ CUtensorMap make_tensor_map(const TensorMapArguments& args) {
   }
   for (int i = 0; i < kRank - 1; ++i) strides[i] = static_cast<cuuint64_t>(args.strides[i]) * kElementBytes;
 
+  // No L2 promotion: reading a paged cache with it reaches 4.1 TB/s where 4.4 are possible without.
   CUtensorMap map;
   const CUresult status =
       encode(&map, dtype, kRank, args.data, shape, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B,
-             args.fetches_ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw CudaError(static_cast<int>(status), "cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
   }

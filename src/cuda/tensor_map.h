@@ -16,7 +16,6 @@ struct TensorMapArguments {
   std::array<std::int64_t, 4> shape;
   std::array<std::int64_t, 3> strides;  // of dimensions 1 to 3, in elements; multiples of 16 bytes
   std::array<int, 4> box;               // extents of one copy; box[0] elements are 128 bytes, the swizzle's row
-  bool fetches_ahead;                   // whether what is read brings 256 bytes into L2
 };
 
 /// Encodes a tensor map with 128-byte swizzle. Needs no current context and no link to libcuda.

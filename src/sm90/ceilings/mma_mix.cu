@@ -29,27 +29,25 @@ struct alignas(1024) SharedStorage {
 
 /// S (64 x 64) = Q K^T over 576 columns, both from shared memory.
 __device__ __forceinline__ void issue_qk(float (&s)[32], std::uint32_t q, std::uint32_t k) {
-  ptx::launder(q);
-  ptx::launder(k);
+  const ptx::SwizzledOperand<16> a(q);
+  const ptx::SwizzledOperand<16> b(k);
 #pragma unroll
   for (int step = 0; step < kTileBytes / kChunkBytes * kRowBytes / kStepBytes; ++step) {
     constexpr int kStepsPerChunk = kRowBytes / kStepBytes;
     const std::uint32_t offset = step / kStepsPerChunk * kChunkBytes + step % kStepsPerChunk * kStepBytes;
-    ptx::wgmma_m64n64k16<__nv_bfloat16>(s, ptx::swizzled_descriptor<16>(q + offset),
-                                        ptx::swizzled_descriptor<16>(k + offset), step != 0);
+    ptx::wgmma_m64n64k16<__nv_bfloat16>(s, a.at(offset), b.at(offset), step != 0);
   }
 }
 
 /// O (64 x 256) += P V over a tile's 64 tokens: P from registers, V's 256 columns from shared memory at `v`.
 __device__ __forceinline__ void issue_pv(float (&o)[2][64], const std::uint32_t (&p)[16], std::uint32_t v) {
-  ptx::launder(v);
+  const ptx::SwizzledOperand<kChunkBytes> b(v);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      ptx::wgmma_m64n128k16_ra_tb<__nv_bfloat16>(
-          o[half], &p[4 * step],
-          ptx::swizzled_descriptor<kChunkBytes>(v + half * 2 * kChunkBytes + step * 16 * kRowBytes));
+      ptx::wgmma_m64n128k16_ra_tb<__nv_bfloat16>(o[half], &p[4 * step],
+                                                 b.at(half * 2 * kChunkBytes + step * 16 * kRowBytes));
     }
   }
 }

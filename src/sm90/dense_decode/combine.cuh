@@ -192,7 +192,7 @@ class Combine {
     std::uint32_t from = values(split, batch) + i * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
     std::uint32_t weights = sum_at(batch, 0, quad.row);
     float merged[4] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int piece = 0; piece < split.num_pieces; ++piece) {
       const float4 value = ptx::load_shared_v4(from);
       const float weight[2] = {ptx::load_shared(weights),

@@ -50,27 +50,28 @@ class Consumer {
     q_phase_ ^= 1;
 
     const int num_blocks = piece.end_block - piece.begin_block;
+    int own = warpgroup_;
+    if (warpgroup_ == 0) {  // nothing precedes the first block
+      ptx::wgmma_fence();
+      issue_qk();
+      ptx::wgmma_wait<0>();
+      release(0, Traits::kRopePair);
+      soften(own);
+      hand_over();
+      add_own();
+      own += Traits::kNumConsumers;
+    }
 #pragma unroll 1
-    for (int own = warpgroup_; own < num_blocks; own += Traits::kNumConsumers) {
-      const bool is_first = own == 0;  // nothing precedes it
-      if (is_first) {
-        ptx::wgmma_fence();
-        issue_qk();
-        ptx::wgmma_wait<0>();
-      } else {
-        take_over();
-        ptx::wgmma_fence();
-        issue_qk();
-        issue_pv(p_other_, 1 - warpgroup_);
-        ptx::wgmma_wait<2>();
-      }
+    for (; own < num_blocks; own += Traits::kNumConsumers) {
+      take_over();
+      ptx::wgmma_fence();
+      issue_qk();
+      issue_pv(p_other_, 1 - warpgroup_);
+      ptx::wgmma_wait<2>();
       release(warpgroup_, Traits::kRopePair);
       soften(own);
       hand_over();
-      ptx::wgmma_wait<1>();
-      if (!is_first) release(1 - warpgroup_, 2 * warpgroup_);
-      ptx::wgmma_wait<0>();
-      if (!is_first) release(1 - warpgroup_, 2 * warpgroup_ + 1);
+      finish_pv(1 - warpgroup_);
       add_own();
     }
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
@@ -93,39 +94,44 @@ class Consumer {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  /// S = Q K^T of the own buffer's block, RoPE first, then in the order in which the producer fills it.
+  /// S = Q K^T of the own buffer's block, RoPE first, then in the order in which the producer fills it: the V columns
+  /// of this warpgroup, then those of the other.
   __device__ __forceinline__ void issue_qk() {
-    std::uint32_t k = kv_ + warpgroup_ * Traits::kTileBytes, q = q_, full = kv_full_;
-    ptx::launder(k);
-    ptx::launder(q);
-    ptx::launder(full);
-#pragma unroll 1
-    for (int j = 0; j < Traits::kNumChunks; ++j) {
-      constexpr int kHalf = Traits::kNumVChunks / 2;
-      const int chunk = j == 0 ? Traits::kRopeChunk : (j - 1 + warpgroup_ * kHalf) % Traits::kNumVChunks;
-      ptx::mbarrier_wait(full + chunk * sizeof(std::uint64_t), kv_phase_);
-#pragma unroll
-      for (int step = 0; step < Traits::kChunkBytes / Traits::kBlockN / kStepBytes; ++step) {
-        const std::uint32_t offset = chunk * Traits::kChunkBytes + step * kStepBytes;
-        ptx::wgmma_m64n64k16<Element>(s_, ptx::swizzled_descriptor<16>(q + offset),
-                                      ptx::swizzled_descriptor<16>(k + offset), j + step != 0);
-      }
-    }
+    constexpr int kHalfChunks = Traits::kNumVChunks / 2;
+    const std::uint32_t k = kv_ + warpgroup_ * Traits::kTileBytes;
+    issue_qk<1>(k, Traits::kRopeChunk, false);
+    issue_qk<kHalfChunks>(k, warpgroup_ * kHalfChunks, true);
+    issue_qk<kHalfChunks>(k, (1 - warpgroup_) * kHalfChunks, true);
     ptx::wgmma_commit();
     kv_phase_ ^= 1;
+  }
+  template <int kChunks>
+  __device__ __forceinline__ void issue_qk(std::uint32_t k_tile, int first_chunk, bool accumulate) {
+    std::uint32_t full = kv_full_ + first_chunk * sizeof(std::uint64_t);
+    ptx::launder(full);
+    const ptx::SwizzledOperand<16> q(q_ + first_chunk * Traits::kChunkBytes);
+    const ptx::SwizzledOperand<16> k(k_tile + first_chunk * Traits::kChunkBytes);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      ptx::mbarrier_wait(full + chunk * sizeof(std::uint64_t), kv_phase_);
+#pragma unroll
+      for (int step = 0; step < Traits::kRowBytes / Traits::kStepBytes; ++step) {
+        const std::uint32_t offset = chunk * Traits::kChunkBytes + step * Traits::kStepBytes;
+        ptx::wgmma_m64n64k16<Element>(s_, q.at(offset), k.at(offset), accumulate || chunk + step != 0);
+      }
+    }
   }
 
   /// Adds P V to O for the block in `buffer`, in two groups of 128 columns.
   __device__ __forceinline__ void issue_pv(const std::uint32_t (&p)[16], int buffer) {
-    std::uint32_t v = kv_ + buffer * Traits::kTileBytes + warpgroup_ * Traits::kNumVChunks / 2 * Traits::kChunkBytes;
-    ptx::launder(v);
+    const ptx::SwizzledOperand<Traits::kChunkBytes> v(kv_ + buffer * Traits::kTileBytes +
+                                                      warpgroup_ * Traits::kNumVChunks / 2 * Traits::kChunkBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int step = 0; step < Traits::kBlockN / 16; ++step) {
         ptx::wgmma_m64n128k16_ra_tb<Element>(o[half], &p[4 * step],
-                                             ptx::swizzled_descriptor<Traits::kChunkBytes>(
-                                                 v + half * 2 * Traits::kChunkBytes + step * 16 * Traits::kRowBytes));
+                                             v.at(half * 2 * Traits::kChunkBytes + step * 16 * Traits::kRowBytes));
       }
       ptx::wgmma_commit();
     }
@@ -255,7 +261,6 @@ class Consumer {
     if (lane() == 0) ptx::mbarrier_arrive(kv_empty_ + (buffer * Traits::kNumPairs + pair) * sizeof(std::uint64_t));
   }
 
-  static constexpr int kStepBytes = Traits::kStepBytes;
   static constexpr int kExchangeStep = Traits::kWarpgroupThreads * sizeof(uint4);
 
   const float softmax_scale_log2_;

@@ -5,6 +5,7 @@
 #include "scheduler/warp_plan.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
 
 // What a CTA needs to know of the plan. Either the plan lies in global memory, or each CTA makes its own part of it.
@@ -32,10 +33,23 @@ __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
   return part.num_pieces > 1 && (part.end_request > part.begin_request || part.begin_block == 0);
 }
 
+/// What the producer asks for first.
+__device__ __forceinline__ void prefetch_first_piece(const DenseDecodeParams& params, const scheduler::Part& part) {
+  const int request = min(max(part.begin_request, 0), params.batch_size - 1);
+  const std::int64_t token = static_cast<std::int64_t>(max(part.begin_block, 0)) * scheduler::kBlockN;
+  if (token >= params.max_seqlen_k) return;
+  ptx::prefetch_l1(params.cache_seqlens + request);
+  ptx::prefetch_l1(params.block_table + request * params.stride_block_table + (token >> params.page_size_log2));
+}
+
 /// Writes the part, and where it is planned here the splits too. By one warp.
 __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   if (params.parts != nullptr) {
-    if (threadIdx.x % 32 == 0) plan.part = params.parts[part_idx];
+    const scheduler::Part part = params.parts[part_idx];
+    if (threadIdx.x % 32 == 0) {
+      plan.part = part;
+      prefetch_first_piece(params, part);
+    }
     return;
   }
   std::int32_t continued_pieces;

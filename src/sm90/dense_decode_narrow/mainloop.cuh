@@ -105,19 +105,18 @@ class NarrowConsumer {
   __device__ std::uint32_t slot_address(int i) const { return kv_ + (at_ + i).slot * Traits::kChunkBytes; }
 
   __device__ __forceinline__ void issue_qk() {
-    std::uint32_t q = q_;
-    ptx::launder(q);
+    const ptx::SwizzledOperand<16> q(q_);
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
       const Ring at = at_ + i;
       const int chunk = i == 0 ? Traits::kRopeChunk : i - 1;
       ptx::mbarrier_wait(kv_full_ + at.slot * sizeof(std::uint64_t), at.phase);
-      const std::uint32_t k = kv_ + at.slot * Traits::kChunkBytes;
+      const ptx::SwizzledOperand<16> k(kv_ + at.slot * Traits::kChunkBytes);
 #pragma unroll
       for (int step = 0; step < Traits::kRowBytes / Traits::kStepBytes; ++step) {
-        ptx::wgmma_m64k16<Element, false>(
-            s_, ptx::swizzled_descriptor<16>(k + step * Traits::kStepBytes),
-            ptx::swizzled_descriptor<16>(q + chunk * Traits::kQChunkBytes + step * Traits::kStepBytes), i + step != 0);
+        ptx::wgmma_m64k16<Element, false>(s_, k.at(step * Traits::kStepBytes),
+                                          q.at(chunk * Traits::kQChunkBytes + step * Traits::kStepBytes),
+                                          i + step != 0);
       }
     }
     ptx::wgmma_commit();
@@ -125,16 +124,14 @@ class NarrowConsumer {
 
   /// O^T += V^T P^T, in two groups of four chunks.
   __device__ __forceinline__ void issue_pv() {
-    std::uint32_t p = p_;
-    ptx::launder(p);
+    const ptx::SwizzledOperand<16> p(p_);
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kNumVChunks; ++chunk) {
-      const std::uint32_t v = slot_address(1 + chunk);
+      const ptx::SwizzledOperand<Traits::kChunkBytes> v(slot_address(1 + chunk));
 #pragma unroll
       for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-        ptx::wgmma_m64k16<Element, true>(
-            o[chunk], ptx::swizzled_descriptor<Traits::kChunkBytes>(v + step * 16 * Traits::kRowBytes),
-            ptx::swizzled_descriptor<16>(p + step * Traits::kStepBytes), true);
+        ptx::wgmma_m64k16<Element, true>(o[chunk], v.at(step * 16 * Traits::kRowBytes), p.at(step * Traits::kStepBytes),
+                                         true);
       }
       if ((chunk + 1) % Traits::kOwnChunks == 0) ptx::wgmma_commit();
     }

@@ -25,4 +25,9 @@ __device__ __forceinline__ std::uint64_t atomic_add(std::uint64_t* address, std:
   return before;
 }
 
+/// PTX ISA, "prefetch".
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
+}
+
 }  // namespace flash_mla::ptx

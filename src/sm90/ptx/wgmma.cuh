@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "sm90/ptx/shared.cuh"
+
 // Warpgroup matrix multiply: PTX ISA, "Asynchronous warpgroup level matrix multiply-accumulate instructions". Operands
 // in shared memory lie in the 128-byte swizzle: rows of 64 elements, 8 rows to an atom of 1024 bytes.
 
@@ -26,17 +28,26 @@ __device__ __forceinline__ void wgmma_wait() {
 /// Bytes of a swizzle atom: the step from 8 rows to the next 8.
 constexpr std::uint32_t kAtomBytes = 1024;
 
-/// Matrix descriptor of a 128-byte swizzled operand at shared-memory `address` (PTX ISA, "Matrix descriptor").
-/// kColumnStride: bytes from 64 columns to the next 64 of a transposed operand; the others ignore it. The asm keeps the
-/// compiler from holding dozens of loop-invariant descriptors in registers, where they would spill.
+/// A 128-byte swizzled operand in shared memory. kColumnStride: bytes from 64 columns to the next 64 of a transposed
+/// operand; the others ignore it.
 template <std::uint32_t kColumnStride>
-__device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t address) {
-  constexpr std::uint32_t kHigh = (kAtomBytes >> 4) | (1U << 30);  // stride offset; swizzle mode 128 bytes
-  const std::uint32_t low = (address >> 4) | ((kColumnStride >> 4) << 16);
-  std::uint64_t descriptor;
-  asm volatile("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(kHigh));
-  return descriptor;
-}
+class SwizzledOperand {
+ public:
+  /// At a shared-memory address. The compiler can't make descriptors ahead of this: it would hold dozens of
+  /// loop-invariant ones in registers, and spill them.
+  __device__ __forceinline__ explicit SwizzledOperand(std::uint32_t address)
+      : low_((address >> 4) | ((kColumnStride >> 4) << 16)) {
+    launder(low_);
+  }
+  /// Matrix descriptor (PTX ISA, "Matrix descriptor") of what lies `offset` bytes further, a multiple of 16.
+  __device__ __forceinline__ std::uint64_t at(std::uint32_t offset) const {
+    constexpr std::uint64_t kHigh = (kAtomBytes >> 4) | (1U << 30);  // stride offset; swizzle mode 128 bytes
+    return kHigh << 32 | (low_ + (offset >> 4));
+  }
+
+ private:
+  std::uint32_t low_;
+};
 
 // clang-format off
 #define FLASH_MLA_WGMMA_M64N64K16(type)                                                                         \
