@@ -132,10 +132,11 @@ void measure_launches(cudaStream_t stream) {
 void measure_pieces(const DenseDecodeArguments& args, cudaStream_t stream) {
   measure("dense_decode_workspace_size: checks, layout", [&] { dense_decode_workspace_size(args); });
   measure("two tensor maps", [&] {
-    const cuda::TensorMapArguments map{args.k_cache.data,      DType::kBFloat16,
-                                       {kHeadDimQk, 64, 1, 1}, {kHeadDimQk, kHeadDimQk, kHeadDimQk},
-                                       {64, 64, 1, 1},
-                                       /*fetches_ahead=*/true};
+    const cuda::TensorMapArguments map{args.k_cache.data,
+                                       DType::kBFloat16,
+                                       {kHeadDimQk, 64, 1, 1},
+                                       {kHeadDimQk, kHeadDimQk, kHeadDimQk},
+                                       {64, 64, 1, 1}};
     cuda::make_tensor_map(map);
     cuda::make_tensor_map(map);
   });
