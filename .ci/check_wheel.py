@@ -29,7 +29,7 @@ SYSTEM_LIBRARIES = {
     *("libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2"),
     *("libgcc_s.so.1", "libstdc++.so.6"),
 }
-NEEDED_FILES = ("_C.pyi", "py.typed", "include/flash_mla/flash_mla.h", "lib/libflash_mla_static.a")
+NEEDED_FILES = ("_C.pyi", "py.typed", "include/flash_mla/flash_mla.h", "lib/libflash_mla.a")
 
 
 class Wheel(NamedTuple):

@@ -33,8 +33,8 @@ struct DenseDecodeArguments {
   /// Out: (batch, num_heads_q, seqlen_q), float32, strides that keep its elements apart: natural log of the sum of
   /// exp(softmax_scale * q.k); +inf for rows with no key to see.
   Tensor lse;
-  /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8) and (batch + 1,), int32, contiguous. Leave
-  /// both out, and the call plans by itself, on the device. Both are ignored on the CPU.
+  /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8), of 1 to 160 rows, and (batch + 1,),
+  /// int32, contiguous. Leave both out, and the call plans by itself, on the device. Both are ignored on the CPU.
   Tensor tile_scheduler_metadata;
   Tensor num_splits;
   /// Finite and above 0.
@@ -48,6 +48,11 @@ struct DenseDecodeArguments {
 /// checked as dense_decode does.
 /// @throws InvalidArgument, InvalidType, Unsupported, CudaError
 FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args);
+
+/// The same for whoever lays out memory before there is a device to ask, as compilers do: bytes that suffice on every
+/// GPU that the kernels run on, about a tenth more than on one of 132 SMs. The device of the tensors is not looked at.
+/// @throws InvalidArgument, InvalidType
+FLASH_MLA_API std::size_t dense_decode_max_workspace_size(const DenseDecodeArguments& args);
 
 /// Runs dense decode. On a CUDA device: launches on `stream` and returns; allocates nothing, never synchronises, leaves
 /// the calling thread's current device as it was, and can be captured in a CUDA graph, which on replay follows the

@@ -15,8 +15,8 @@ constexpr int kTileSchedulerMetadataSize = 8;
 ///
 /// @param num_q_tokens_per_head_k  seqlen_q * num_heads_q / num_heads_k, at least 1
 /// @param num_heads_k              KV heads, at least 1
-/// @param device                   a CUDA device, whose SMs are counted, or the CPU, where the answer is 1
-/// @throws InvalidArgument, CudaError
+/// @param device                   a Hopper GPU, whose SMs are counted, or the CPU, where the answer is 1
+/// @throws InvalidArgument, Unsupported, CudaError
 FLASH_MLA_API std::int64_t dense_decode_num_sm_parts(std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k,
                                                      Device device);
 
@@ -24,7 +24,7 @@ FLASH_MLA_API std::int64_t dense_decode_num_sm_parts(std::int64_t num_q_tokens_p
 /// `stream`; on the CPU it is done when the function returns (`stream` is ignored).
 ///
 /// @param cache_seqlens            (batch,) int32, contiguous: tokens in each request's cache; negative counts as 0
-/// @param tile_scheduler_metadata  out: (num_sm_parts, 8) int32, contiguous
+/// @param tile_scheduler_metadata  out: (num_sm_parts, 8) int32, contiguous, of 1 to 160 rows
 /// @param num_splits               out: (batch + 1,) int32, contiguous: prefix sum of the number of splits per request
 /// @param stream                   a cudaStream_t of the arrays' device
 /// @throws InvalidArgument, InvalidType, Unsupported, CudaError

@@ -17,11 +17,31 @@ class Bfloat16Bits:
 
     def __init__(self, bits: object) -> None: ...
 
+class ShapeDType:
+    """An array that isn't there yet, for checks of shapes and dtypes: row-major, on the CPU."""
+
+    def __init__(self, shape: list[int], dtype: str) -> None: ...
+
+def build_info() -> dict[str, str]:
+    """How this module was built: version, commit, cuda, nvcc, architectures, compiler."""
+
 def find_torch(tensor_type: object) -> None:
     """Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs."""
 
+def torch_can_read(array: object) -> bool:
+    """Whether the short way takes this array, on this thread, now."""
+
+def xla_ffi_handlers() -> dict[str, dict[str, object]]:
+    """The operations as handlers of XLA's FFI.
+
+    By platform, by name, a capsule that ``jax.ffi.register_ffi_target`` takes.
+    """
+
 def dense_decode_num_sm_parts(cache_seqlens: object, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
     """The first extent of tile_scheduler_metadata on the device of cache_seqlens."""
+
+def dense_decode_num_sm_parts_of_gpu(index: int, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
+    """The same for a CUDA device by its number."""
 
 def plan_dense_decode(
     cache_seqlens: object, tile_scheduler_metadata: object, num_splits: object, stream: int | None = None
@@ -41,14 +61,31 @@ def dense_decode_workspace_size(
     k_cache: object,
     block_table: object,
     cache_seqlens: object,
-    out: object,
-    lse: object,
+    out: object | None,
+    lse: object | None,
     tile_scheduler_metadata: object | None,
     num_splits: object | None,
     softmax_scale: float,
     causal: bool,
 ) -> int:
-    """Checks the arguments of dense_decode; bytes of workspace that they need."""
+    """Checks the arguments of dense_decode; bytes of workspace that they need.
+
+    ``out`` and ``lse`` may be None: results that are still to be made.
+    """
+
+def dense_decode_max_workspace_size(
+    q: object,
+    k_cache: object,
+    block_table: object,
+    cache_seqlens: object,
+    out: object | None,
+    lse: object | None,
+    tile_scheduler_metadata: object | None,
+    num_splits: object | None,
+    softmax_scale: float,
+    causal: bool,
+) -> int:
+    """The same, without asking a device: bytes that suffice on every GPU that the kernels run on."""
 
 def dense_decode(
     q: object,

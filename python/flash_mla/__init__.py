@@ -7,9 +7,12 @@ device. Importing this package imports none of them.
 from ._C import CudaError as CudaError
 from ._C import Unsupported as Unsupported
 from .decode import flash_mla_with_kvcache as flash_mla_with_kvcache
+from .frameworks import take_note_of_torch as _take_note_of_torch
 from .merge import merge_states as merge_states
 from .plan import FlashMLASchedMeta as FlashMLASchedMeta
 from .plan import get_mla_metadata as get_mla_metadata
+
+_take_note_of_torch()
 
 __version__: str
 

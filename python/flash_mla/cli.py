@@ -7,21 +7,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, cuda, installed
+from . import __version__, info, installed
 from .benchmark import command as command_line
 
-_ARRAY_LIBRARIES = ("torch", "cupy", "jax", "numpy", "ml_dtypes")
+_DEMO = "decode a paged batch and check it against a float64 oracle"
+_INFO = "say how this was built, which driver, GPUs and array libraries there are, and why the kernels run here or not"
+_EXIT_CODES = "exit code: 0 where all went well, 1 where {}, 2 where {}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failed check, 2 for a wrong command line."""
-    parser = argparse.ArgumentParser(prog="flash-mla", description="MLA decoding on NVIDIA Hopper GPUs.")
+    parser = argparse.ArgumentParser(
+        prog="flash-mla",
+        description="MLA decoding on NVIDIA Hopper GPUs.",
+        epilog=_EXIT_CODES.format("a check or a measurement failed", "the command line is wrong"),
+    )
     parser.add_argument("--version", action="version", version=f"flash-mla {__version__}")
     for option, folder, use in (
         ("--cmake-dir", installed.cmake_dir(), "CMake (CMAKE_PREFIX_PATH or flash_mla_DIR)"),
@@ -31,21 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.add_argument(option, action=_PrintFolder, folder=folder, help=f"print the folder for {use} and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command, text in (
-        ("demo", _demo, "decode a paged batch and check it against a float64 oracle; exit code 1 if it is off"),
-        ("info", _info, "say which version, GPUs and array libraries there are"),
-    ):
-        subparser = commands.add_parser(name, help=text, description=text)
-        subparser.add_argument("--json", action="store_true", help="print JSON")
-        subparser.set_defaults(command=command)
-    bench = commands.add_parser(
+    demo = _add(commands, "demo", _demo, _DEMO, "a case is off")
+    demo.add_argument("--json", action="store_true", help="print JSON")
+    info_parser = _add(commands, "info", _info, _INFO, "with --require-gpu, the kernels do not run here")
+    info_parser.add_argument("--json", action="store_true", help="print JSON")
+    info_parser.add_argument("--require-gpu", action="store_true", help="fail where the kernels do not run")
+    bench = _add(
+        commands,
         "bench",
-        help="measure decoding, beside the GPU's ceilings and other implementations; exit code 1 if a case failed",
-        description=command_line.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        command_line.run,
+        "measure decoding, beside the GPU's ceilings and other implementations",
+        "a case failed",
+        "the command line is wrong, or this machine cannot run it",
     )
+    bench.description = command_line.DESCRIPTION
+    bench.formatter_class = argparse.RawDescriptionHelpFormatter
     command_line.add_arguments(bench)
-    bench.set_defaults(command=command_line.run)
     options = parser.parse_args(arguments)
     exit_code: int = options.command(options)
     return exit_code
@@ -61,6 +66,21 @@ class _PrintFolder(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(self._folder)
         parser.exit()
+
+
+def _add(
+    commands: Any,
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    text: str,
+    failure: str,
+    refusal: str = "the command line is wrong",
+) -> argparse.ArgumentParser:
+    """Adds a command: what it does, when it exits with 1, when with 2."""
+    epilog = _EXIT_CODES.format(failure, refusal)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=epilog)
+    parser.set_defaults(command=command)
+    return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -103,47 +123,12 @@ def _print_demo(report: Any) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    gpus = cuda.gpus()
-    driver = cuda.driver_version()
-    information = {
-        "version": __version__,
-        "python": sys.version.split()[0],
-        "cuda_driver": None if driver is None else ".".join(map(str, driver)),
-        "gpus": [{**asdict(gpu), "is_hopper": gpu.is_hopper} for gpu in gpus],
-        "default_path": "hopper" if any(gpu.is_hopper for gpu in gpus) else "cpu",
-        "libraries": {name: _version_of(name) for name in _ARRAY_LIBRARIES},
-    }
+    information = info.collect()
     if options.json:
         _print_json(information)
     else:
-        _print_info(information)
-    return 0
-
-
-def _print_info(information: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_row("flash-mla", information["version"])
-    table.add_row("Python", information["python"])
-    table.add_row("CUDA driver", f"CUDA {information['cuda_driver']}" if information["cuda_driver"] else "none")
-    for gpu in information["gpus"]:
-        capability = ".".join(map(str, gpu["compute_capability"]))
-        verdict = "runs the kernels" if gpu["is_hopper"] else "not a Hopper GPU"
-        table.add_row(f"GPU {gpu['index']}", f"{gpu['name']}, compute capability {capability}: {verdict}")
-    if information["default_path"] == "cpu":
-        table.add_row("runs on", "the CPU, as there is no Hopper GPU")
-    for name, version in information["libraries"].items():
-        table.add_row(name, version or "not installed")
-    Console().print(table)
-
-
-def _version_of(name: str) -> str | None:
-    """The version of an installed library, found without importing it."""
-    for distribution in metadata.packages_distributions().get(name, ()):
-        return metadata.version(distribution)
-    return None
+        info.show(information)
+    return 1 if options.require_gpu and information["why_not_gpu"] is not None else 0
 
 
 def _print_json(value: object) -> None:

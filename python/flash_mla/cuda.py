@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from ._C import CudaError
 
 _COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _COMPUTE_CAPABILITY_MINOR = 76
-_DEFAULT_STREAM = None
+_RELEASE_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,48 @@ class Gpu:
 
 
 @cache
-def _driver() -> ctypes.CDLL | None:
-    """The driver's library, initialised; None on a machine without a working driver."""
+def _library() -> ctypes.CDLL | None:
+    """The driver's library, None where there is none."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    return driver if driver.cuInit(0) == 0 else None
+
+
+@cache
+def _driver() -> ctypes.CDLL | None:
+    """The driver's library, initialised; None on a machine without a working driver."""
+    return _library() if start_error() is None else None
+
+
+@cache
+def start_error() -> str | None:
+    """Why the driver does not start, None where it does: no library, no GPU, or what it says itself."""
+    driver = _library()
+    if driver is None:
+        return "there is no CUDA driver: libcuda.so.1 is not found"
+    code = driver.cuInit(0)
+    return None if code == 0 else f"the CUDA driver does not start: {_describe(driver, 'cuInit', code)}"
 
 
 def driver_version() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver runs, such as (13, 0). None without a driver."""
-    driver = _driver()
+    """The newest CUDA version that the driver runs, such as (13, 0), GPU or not. None without a driver."""
+    driver = _library()
     if driver is None:
         return None
     version = ctypes.c_int()
     _check(driver, "cuDriverGetVersion", ctypes.byref(version))
     return version.value // 1000, version.value % 1000 // 10
+
+
+def driver_release() -> str | None:
+    """The release of the driver's kernel module, such as "580.159.04". None where the system does not say."""
+    try:
+        text = _RELEASE_FILE.read_text()
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", text)
+    return found.group(1) if found else None
 
 
 def gpus() -> list[Gpu]:
@@ -55,30 +82,6 @@ def gpus() -> list[Gpu]:
     count = ctypes.c_int()
     _check(driver, "cuDeviceGetCount", ctypes.byref(count))
     return [_gpu(driver, index) for index in range(count.value)]
-
-
-def synchronize(device: int) -> None:
-    """Wait for the default stream of a device.
-
-    Raises
-    ------
-    CudaError
-        where work on the stream has failed.
-    """
-    driver = _driver()
-    if driver is None:
-        raise CudaError("no CUDA driver was found")
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    _check(driver, "cuDeviceGet", ctypes.byref(handle), device)
-    _check(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-    try:
-        _check(driver, "cuCtxPushCurrent_v2", context)
-        try:
-            _check(driver, "cuStreamSynchronize", _DEFAULT_STREAM)
-        finally:
-            _check(driver, "cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-    finally:
-        _check(driver, "cuDevicePrimaryCtxRelease_v2", handle)
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
@@ -101,7 +104,11 @@ def _attribute(driver: ctypes.CDLL, attribute: int, handle: ctypes.c_int) -> int
 def _check(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
     code = getattr(driver, function)(*arguments)
     if code != 0:
-        message = ctypes.c_char_p()
-        driver.cuGetErrorString(code, ctypes.byref(message))
-        text = message.value.decode() if message.value else "unknown error"
-        raise CudaError(f"{function} failed with {code}: {text}")
+        raise CudaError(_describe(driver, function, code))
+
+
+def _describe(driver: ctypes.CDLL, function: str, code: int) -> str:
+    message = ctypes.c_char_p()
+    driver.cuGetErrorString(code, ctypes.byref(message))
+    text = message.value.decode() if message.value else "unknown error"
+    return f"{function} failed with {code}: {text}"

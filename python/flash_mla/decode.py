@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from . import _C
-from .frameworks import Array, Framework, check_framework, framework_of
+from . import _C, frameworks
+from .calls import HEAD_DIM_V, Array, DecodeCall
+from .frameworks import Operations, check_framework, framework_of
 from .plan import FlashMLASchedMeta
-
-_HEAD_DIM_V = 512
-_DEFAULT_SOFTMAX_SCALE = 576**-0.5
 
 
 def flash_mla_with_kvcache(
@@ -35,7 +33,9 @@ def flash_mla_with_kvcache(
 
     All arrays belong to one library (PyTorch, CuPy, JAX or NumPy) and lie on one device: a Hopper GPU, or the CPU. On
     a GPU the work is queued on the library's current stream of that device and the call returns at once; it can be
-    captured in a CUDA graph. JAX arrays must be concrete, and the call then returns when the results are there.
+    captured in a CUDA graph. It can be called in functions that torch.compile, torch.export or jax.jit compile.
+
+    There is no backward pass: results never require grad, whatever the arguments do. JAX raises on differentiation.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def flash_mla_with_kvcache(
     cache_seqlens : array of int32, shape (batch,)
         Tokens in each request's cache. 0 is legal.
     head_dim_v : int
-        512.
+        Must be 512.
     tile_scheduler_metadata, num_splits : optional
         What ``get_mla_metadata`` returned for these ``cache_seqlens``. Left out, the call plans by itself, on the
         device.
@@ -98,11 +98,21 @@ def flash_mla_with_kvcache(
             topk_length=topk_length,
             extra_topk_length=extra_topk_length,
         )
-    if head_dim_v != _HEAD_DIM_V:
-        raise ValueError(f"head_dim_v: expected {_HEAD_DIM_V}, got {head_dim_v}")
-    scale = _DEFAULT_SOFTMAX_SCALE if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    if head_dim_v != HEAD_DIM_V:
+        raise ValueError(f"head_dim_v: expected {HEAD_DIM_V}, got {head_dim_v}")
+    # A literal: torch.compile would take a global number for one that changes.
+    scale = 576**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
 
     meta = tile_scheduler_metadata
+    if frameworks.is_read_by_dynamo():
+        from . import torch_library
+
+        if torch_library.is_tensor(q):
+            return _decode(
+                torch_library,
+                meta,
+                DecodeCall(q, k_cache, block_table, cache_seqlens, out, lse, None, num_splits, scale, bool(causal)),
+            )
     metadata, splits, extents = meta, num_splits, None
     if splits is None and meta is not None and isinstance(meta, FlashMLASchedMeta) and meta.have_initialized:
         metadata, splits, extents = meta.tile_scheduler_metadata, meta.num_splits, meta.config
@@ -111,79 +121,40 @@ def flash_mla_with_kvcache(
     )
     if results is not None:
         return results
-    return _decode(q, k_cache, block_table, cache_seqlens, out, lse, meta, num_splits, scale, bool(causal))
+    return _decode_with_framework(
+        meta, DecodeCall(q, k_cache, block_table, cache_seqlens, out, lse, None, num_splits, scale, bool(causal))
+    )
 
 
-def _decode(
-    q: Array,
-    k_cache: Array,
-    block_table: Array,
-    cache_seqlens: Array,
-    out: Array | None,
-    lse: Array | None,
-    tile_scheduler_metadata: Array | FlashMLASchedMeta | None,
-    num_splits: Array | None,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[Array, Array]:
-    """Decode with arrays of any library: what differs between them is Python's part."""
-    framework = framework_of(q, "q")
-    check_framework(framework, k_cache, "k_cache")
-    check_framework(framework, block_table, "block_table")
-    check_framework(framework, cache_seqlens, "cache_seqlens")
-    out, lse = _outputs(framework, q, out, lse)
-    if tile_scheduler_metadata is not None or num_splits is not None:
-        tile_scheduler_metadata, num_splits = _given_plan(
-            framework, (q, k_cache, block_table, cache_seqlens, out, lse), tile_scheduler_metadata, num_splits
+def _decode_with_framework(meta: Array | FlashMLASchedMeta | None, call: DecodeCall) -> tuple[Array, Array]:
+    """Decode with arrays of any library. The call's ``tile_scheduler_metadata`` is to be filled in from ``meta``."""
+    framework = framework_of(call.q, "q")
+    check_framework(framework, call.k_cache, "k_cache")
+    check_framework(framework, call.block_table, "block_table")
+    check_framework(framework, call.cache_seqlens, "cache_seqlens")
+    if call.out is not None:
+        framework.check_output(call.out, "out")
+    if call.lse is not None:
+        framework.check_output(call.lse, "lse")
+    if meta is not None and not isinstance(meta, FlashMLASchedMeta):
+        check_framework(framework, meta, "tile_scheduler_metadata")
+    if call.num_splits is not None and not isinstance(meta, FlashMLASchedMeta):
+        check_framework(framework, call.num_splits, "num_splits")
+    return _decode(framework, meta, call)
+
+
+def _decode(operations: Operations, meta: Array | FlashMLASchedMeta | None, call: DecodeCall) -> tuple[Array, Array]:
+    """Decode with the arrays of ``meta``, a FlashMLASchedMeta being filled here if this is the first call with it."""
+    if not isinstance(meta, FlashMLASchedMeta):
+        return operations.dense_decode(call.with_plan(meta, call.num_splits))
+    if call.num_splits is not None:
+        raise ValueError(
+            f"num_splits: expected None beside a FlashMLASchedMeta, got {type(call.num_splits).__qualname__}"
         )
-    arrays = (q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits)
-    allocator = framework.allocator(q)
-    framework.call(_C.dense_decode, arrays, softmax_scale, causal, framework.stream(q), allocator)
-    framework.finish(q)
-    return out, lse
-
-
-def _outputs(framework: Framework, q: Array, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
-    """The caller's arrays, or new ones. Their shapes are checked by the library."""
-    if out is not None:
-        framework.check_output(out, "out")
-    if lse is not None:
-        framework.check_output(lse, "lse")
-    if out is not None and lse is not None:
-        return out, lse
-    try:
-        batch_size, seqlen_q, num_heads_q, _ = q.shape
-    except ValueError:
-        raise ValueError(f"q: expected shape (batch, seqlen_q, num_heads_q, 576), got {tuple(q.shape)}") from None
-    if out is None:
-        out = framework.empty(q, (batch_size, seqlen_q, num_heads_q, _HEAD_DIM_V))
-    if lse is None:
-        lse = framework.empty(q, (batch_size, num_heads_q, seqlen_q), "float32")
-    return out, lse
-
-
-def _given_plan(
-    framework: Framework,
-    arrays: tuple[Array, ...],
-    tile_scheduler_metadata: Array | FlashMLASchedMeta | None,
-    num_splits: Array | None,
-) -> tuple[Array | None, Array | None]:
-    """The two arrays of a plan, which a FlashMLASchedMeta holds or gets here.
-
-    ``arrays`` are q, k_cache, block_table, cache_seqlens, out and lse.
-    """
-    if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
-        if tile_scheduler_metadata is not None:
-            check_framework(framework, tile_scheduler_metadata, "tile_scheduler_metadata")
-        if num_splits is not None:
-            check_framework(framework, num_splits, "num_splits")
-        return tile_scheduler_metadata, num_splits
-    if num_splits is not None:
-        raise ValueError(f"num_splits: expected None beside a FlashMLASchedMeta, got {type(num_splits).__qualname__}")
-    # Checks the shapes, from which the plan is made.
-    framework.call(_C.dense_decode_workspace_size, (*arrays, None, None), _DEFAULT_SOFTMAX_SCALE, False)
-    q, k_cache, _, cache_seqlens, _, _ = arrays
-    return tile_scheduler_metadata.arrays((*q.shape[:3], k_cache.shape[2]), cache_seqlens)
+    operations.check_dense_decode(call)
+    extents = (*call.q.shape[:3], call.k_cache.shape[2])
+    metadata, num_splits = meta.arrays(extents, call.cache_seqlens)
+    return operations.dense_decode(call.with_plan(metadata, num_splits))
 
 
 def _refuse(**options: object) -> None:

@@ -1,4 +1,4 @@
-"""What differs between array libraries: making an array, the current stream, the way through DLPack.
+"""What differs between array libraries: making an array, the current stream, the way to the compiled module.
 
 A library is known by the module that its array type comes from and is imported here only once one of its arrays has
 come in.
@@ -6,23 +6,61 @@ come in.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from . import _C
+from .calls import METADATA_SIZE, Array, DecodeCall, MergeCall
 
-# An array of any of the libraries: they share no base class.
-Array = Any
+
+def _is_read_by_dynamo() -> bool:
+    return "torch._dynamo" in sys.modules and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
+
+
+# Whether the code that asks isn't run but read, by torch.compile or torch.export, which can't read the compiled module.
+# Every call of ours asks: with PyTorch at hand, PyTorch's own function stands here, which takes a fifth of the time.
+is_read_by_dynamo: Callable[[], bool] = _is_read_by_dynamo
 
 Result = TypeVar("Result")
 
 
-class Framework(ABC):
+class Operations(Protocol):
+    """What a library's arrays are decoded by: a Framework, or ``torch_library``."""
+
+    @abstractmethod
+    def check_dense_decode(self, call: DecodeCall) -> None:
+        """Raises for wrong arrays, before a plan is made of their shapes."""
+
+    @abstractmethod
+    def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
+        """(out, lse): the call's, or new arrays where it has none."""
+
+    @abstractmethod
+    def plan_dense_decode(
+        self, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int
+    ) -> tuple[Array, Array]:
+        """(tile_scheduler_metadata, num_splits)"""
+
+    @abstractmethod
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        """(out, lse): the call's, or new arrays where it has none."""
+
+
+class Framework(Operations, ABC):
     """An array library. The methods' arrays are its own."""
 
     name: str
+
+    def check_output(self, array: Array, name: str, like: str = "q") -> None:
+        """Raises unless the array is one of the library's, as that named ``like`` is, and may be written to."""
+        check_framework(self, array, name, like)
+
+
+class DLPackFramework(Framework):
+    """A library whose arrays the compiled module reads and writes through DLPack."""
 
     @abstractmethod
     def empty(self, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
@@ -37,22 +75,46 @@ class Framework(ABC):
         return None
 
     def allocator(self, like: Array) -> Callable[[int], object] | None:
-        """Makes byte arrays on the device of ``like``; to be kept until ``finish`` returns.
-
-        None where the compiled module allocates through DLPack.
-        """
+        """Makes byte arrays on the device of ``like``. None where the compiled module allocates through DLPack."""
         return None
 
-    def check_output(self, array: Array, name: str, like: str = "q") -> None:
-        """Raises unless the array is one of the library's, as that named ``like`` is, and may be written to."""
-        check_framework(self, array, name, like)
+    def check_dense_decode(self, call: DecodeCall) -> None:
+        self.call(_C.dense_decode_workspace_size, call.arrays, call.softmax_scale, call.causal)
 
-    def finish(self, like: Array) -> None:  # noqa: B027 (most libraries have nothing to do here)
-        """Called after a launch."""
+    def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
+        out_shape, lse_shape = call.result_shapes()
+        out = self.empty(call.q, out_shape) if call.out is None else call.out
+        lse = self.empty(call.q, lse_shape, "float32") if call.lse is None else call.lse
+        arrays = call._replace(out=out, lse=lse).arrays
+        self.call(_C.dense_decode, arrays, call.softmax_scale, call.causal, self.stream(call.q), self.allocator(call.q))
+        return out, lse
+
+    def plan_dense_decode(
+        self, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int
+    ) -> tuple[Array, Array]:
+        num_sm_parts = self.call(_C.dense_decode_num_sm_parts, (cache_seqlens,), num_q_tokens_per_head_k, num_heads_k)
+        metadata = self.empty(cache_seqlens, (num_sm_parts, METADATA_SIZE), "int32")
+        num_splits = self.empty(cache_seqlens, (cache_seqlens.shape[0] + 1,), "int32")
+        self.call(_C.plan_dense_decode, (cache_seqlens, metadata, num_splits), self.stream(cache_seqlens))
+        return metadata, num_splits
+
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        like = call.outs.arrays[0]
+        out_shape, lse_shape = call.result_shapes()
+        out = self.empty(like, out_shape) if call.out is None else call.out
+        lse = self.empty(like, lse_shape, "float32") if call.lse is None else call.lse
+
+        def launch(*arrays: Any) -> None:
+            *states, out, lse, stream = arrays
+            outs, lses = states[: len(call.outs.arrays)], states[len(call.outs.arrays) :]
+            _C.merge_states(call.outs.regroup(outs), call.lses.regroup(lses), out, lse, stream)
+
+        self.call(launch, (*call.states(), out, lse), self.stream(like))
+        return out, lse
 
 
-class PyTorch(Framework):
-    """Tensors on the CPU or a GPU, with the stream and the allocator that are current on that device."""
+class TorchMemory(DLPackFramework):
+    """PyTorch's tensors that have memory, with the stream and the allocator that are current on their device."""
 
     name = "PyTorch"
 
@@ -66,6 +128,11 @@ class PyTorch(Framework):
     def empty(self, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         return like.new_empty(shape, dtype=like.dtype if dtype is None else self._dtypes[dtype])
 
+    def call(self, function: Callable[..., Result], arrays: tuple[Array | None, ...], *options: object) -> Result:
+        if not self._has_exchange_table:  # __dlpack__ refuses tensors that require grad
+            arrays = tuple(None if array is None else array.detach() for array in arrays)
+        return function(*arrays, *options)
+
     def stream(self, like: Array) -> int | None:
         if self._has_exchange_table or not like.is_cuda:
             return None
@@ -77,7 +144,44 @@ class PyTorch(Framework):
         return lambda num_bytes: like.new_empty((num_bytes,), dtype=self._torch.uint8)
 
 
-class NumPy(Framework):
+class PyTorch(Framework):
+    """Tensors of PyTorch.
+
+    The compiled module takes those that have memory, while nobody else watches what is done with them. All others are
+    dispatched by PyTorch: a compiler's and torch.func's, fake ones, those on device "meta". So are those of PyTorch
+    before 2.11, which doesn't tell.
+    """
+
+    name = "PyTorch"
+
+    def __init__(self) -> None:
+        global is_read_by_dynamo
+        self._memory = TorchMemory()
+        is_read_by_dynamo = import_module("torch").compiler.is_dynamo_compiling
+
+    def check_dense_decode(self, call: DecodeCall) -> None:
+        self._operations(*call.arrays).check_dense_decode(call)
+
+    def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
+        return self._operations(*call.arrays).dense_decode(call)
+
+    def plan_dense_decode(
+        self, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int
+    ) -> tuple[Array, Array]:
+        return self._operations(cache_seqlens).plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        return self._operations(*call.states(), call.out, call.lse).merge_states(call)
+
+    def _operations(self, *arrays: Array | None) -> Operations:
+        if all(array is None or _C.torch_can_read(array) for array in arrays):
+            return self._memory
+        from . import torch_library
+
+        return torch_library
+
+
+class NumPy(DLPackFramework):
     """Arrays on the CPU: ``float16``, and ``bfloat16`` by way of ml_dtypes."""
 
     name = "NumPy"
@@ -92,7 +196,7 @@ class NumPy(Framework):
         return function(*map(_bits_if_bfloat16, arrays), *options)
 
 
-class CuPy(Framework):
+class CuPy(DLPackFramework):
     """Arrays on a GPU, with the stream that is current on that device."""
 
     name = "CuPy"
@@ -115,64 +219,21 @@ class CuPy(Framework):
         return lambda num_bytes: self.empty(like, (num_bytes,), "uint8")
 
 
-class Jax(Framework):
-    """Concrete arrays, outside ``jit``, on the CPU or a GPU.
+def _jax() -> Framework:
+    from .jax_ffi import Jax
 
-    JAX has no current stream, and knows nothing of work that it has not launched itself: a call waits for its inputs,
-    runs on the device's default stream and waits for the results.
-    """
-
-    name = "JAX"
-
-    def __init__(self) -> None:
-        self._jax = import_module("jax")
-
-    def empty(self, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        with self._jax.default_device(self._device(like)):
-            return self._jax.numpy.empty(shape, like.dtype if dtype is None else dtype)
-
-    def call(self, function: Callable[..., Result], arrays: tuple[Array | None, ...], *options: object) -> Result:
-        return function(*(None if array is None else self._capsule(array) for array in arrays), *options)
-
-    def allocator(self, like: Array) -> Callable[[int], object] | None:
-        kept = []  # JAX does not know of the launch, and would give the memory to others before its end
-
-        def allocate(num_bytes: int) -> object:
-            kept.append(self.empty(like, (num_bytes,), "uint8"))
-            return self._capsule(kept[-1])
-
-        return allocate
-
-    def check_output(self, array: Array, name: str, like: str = "q") -> None:
-        super().check_output(array, name, like)
-        raise ValueError(f"{name}: expected None, as JAX arrays are immutable, got one")
-
-    def finish(self, like: Array) -> None:
-        if self._device(like).platform == "gpu":
-            from . import cuda
-
-            cuda.synchronize(self._device(like).local_hardware_id)
-
-    def _capsule(self, array: Array) -> object:
-        return self._concrete(array).block_until_ready().__dlpack__()
-
-    def _device(self, array: Array) -> Any:
-        return next(iter(self._concrete(array).devices()))
-
-    def _concrete(self, array: Array) -> Array:
-        if isinstance(array, self._jax.core.Tracer):
-            raise TypeError("flash_mla runs outside jit: expected concrete JAX arrays, got a traced one")
-        return array
+    return Jax()
 
 
-_FRAMEWORKS: dict[str, type[Framework]] = {
+# By the module that an array's type, or a base of it, comes from.
+_FRAMEWORKS: dict[str, Callable[[], Framework]] = {
     "torch": PyTorch,
     "numpy": NumPy,
     "cupy": CuPy,
-    "jax": Jax,
-    "jaxlib": Jax,
+    "jax": _jax,
+    "jaxlib": _jax,
 }
-_instances: dict[type[Framework], Framework] = {}
+_instances: dict[Callable[[], Framework], Framework] = {}
 _by_array_type: dict[type, Framework] = {}
 
 
@@ -198,6 +259,14 @@ def check_framework(framework: Framework, array: Array, name: str, like: str = "
     other = framework_of(array, name)
     if other is not framework:
         raise TypeError(f"{name}: expected an array of {framework.name} as {like}, got one of {other.name}")
+
+
+def take_note_of_torch() -> None:
+    """Get ready for tensors and register ``torch_library``, if PyTorch has been imported; else that comes later."""
+    torch: Any = sys.modules.get("torch")
+    if hasattr(torch, "library") and hasattr(torch, "compiler"):
+        _by_array_type[torch.Tensor] = _find(torch.Tensor, "tensor")
+        import_module(".torch_library", __package__)
 
 
 def _find(array_type: type, name: str) -> Framework:

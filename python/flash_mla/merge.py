@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from . import _C
-from .frameworks import Array, Framework, check_framework, framework_of
-
-_HEAD_DIM_V = 512
-_SHAPE = "batch, seqlen_q, num_heads_q, 512)"
+from . import frameworks
+from .calls import Array, MergeCall, States
+from .frameworks import check_framework, framework_of
 
 
 def merge_states(
@@ -28,7 +25,9 @@ def merge_states(
 
     All arrays belong to one library (PyTorch, CuPy, JAX or NumPy) and lie on one device: a Hopper GPU, or the CPU. On
     a GPU the work is queued on the library's current stream of that device and the call returns at once; it can be
-    captured in a CUDA graph. JAX arrays must be concrete, and the call then returns when the results are there.
+    captured in a CUDA graph. It can be called in functions that torch.compile, torch.export or jax.jit compile.
+
+    There is no backward pass: PyTorch's results never require grad, and JAX raises on differentiation.
 
     Parameters
     ----------
@@ -58,54 +57,25 @@ def merge_states(
     CudaError
         a RuntimeError: a call of CUDA failed.
     """
-    states = _Arrays("outs", outs), _Arrays("lses", lses)
-    if not states[0].arrays:
+    call = MergeCall(_to_states("outs", outs), _to_states("lses", lses), out, lse)
+    if not call.outs.arrays:
         raise ValueError("outs: expected 1 to 128 states, got 0")
-    like, first = states[0].names[0], states[0].arrays[0]
-    framework = framework_of(first, like)
-    for argument in states:
-        for name, array in zip(argument.names, argument.arrays, strict=True):
+    like = call.outs.names()[0]
+    if frameworks.is_read_by_dynamo():
+        from . import torch_library
+
+        if torch_library.is_tensor(call.outs.arrays[0]):
+            return torch_library.merge_states(call)
+    framework = framework_of(call.outs.arrays[0], like)
+    for states in (call.outs, call.lses):
+        for name, array in zip(states.names(), states.arrays, strict=True):
             check_framework(framework, array, name, like)
-    out, lse = _outputs(framework, states[0], out, lse)
-
-    def launch(*arrays: Any) -> None:
-        """Hands lists over where the caller gave lists."""
-        *given, out, lse, stream = arrays
-        split = len(states[0].arrays)
-        _C.merge_states(states[0].regroup(given[:split]), states[1].regroup(given[split:]), out, lse, stream)
-
-    framework.call(launch, (*states[0].arrays, *states[1].arrays, out, lse), framework.stream(first))
-    framework.finish(first)
-    return out, lse
-
-
-class _Arrays:
-    """The arrays of an argument: one for each state, or one that holds all; and the names that errors give them."""
-
-    def __init__(self, name: str, value: Array | Sequence[Array]) -> None:
-        self.is_list = isinstance(value, (list, tuple))
-        self.arrays: list[Array] = list(value) if self.is_list else [value]
-        self.names = [f"{name}[{index}]" for index in range(len(self.arrays))] if self.is_list else [name]
-
-    def regroup(self, arrays: list[Any]) -> Any:
-        """Other forms of the same arrays, as the argument was: a list, or one."""
-        return arrays if self.is_list else arrays[0]
-
-
-def _outputs(framework: Framework, outs: _Arrays, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
-    """The caller's arrays, or new ones. Their shapes are checked by the library."""
-    like, first = outs.names[0], outs.arrays[0]
     for name, array in (("out", out), ("lse", lse)):
         if array is not None:
             framework.check_output(array, name, like)
-    if out is not None and lse is not None:
-        return out, lse
-    extents = tuple(first.shape)
-    if len(extents) != (4 if outs.is_list else 5):
-        raise ValueError(f"{like}: expected shape {'(' if outs.is_list else '(num_states, '}{_SHAPE}, got {extents}")
-    batch_size, seqlen_q, num_heads_q, _ = extents[-4:]
-    if out is None:
-        out = framework.empty(first, (batch_size, seqlen_q, num_heads_q, _HEAD_DIM_V))
-    if lse is None:
-        lse = framework.empty(first, (batch_size, num_heads_q, seqlen_q), "float32")
-    return out, lse
+    return framework.merge_states(call)
+
+
+def _to_states(name: str, value: Array | Sequence[Array]) -> States:
+    is_list = isinstance(value, (list, tuple))
+    return States(name, value if is_list else [value], is_list)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
-from . import _C
-from .frameworks import Array, framework_of
-
-_METADATA_SIZE = 8  # int32 values of a row of tile_scheduler_metadata
+from . import _C, frameworks
+from .calls import Array
+from .frameworks import framework_of
 
 
 @dataclass
@@ -132,23 +131,20 @@ def get_mla_metadata(
 
 
 def _plan(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) -> tuple[Array, Array]:
+    if frameworks.is_read_by_dynamo():
+        from . import torch_library
+
+        if torch_library.is_tensor(cache_seqlens):
+            return torch_library.plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     plan = _C.torch_plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     if plan is not None:
         return plan
     framework = framework_of(cache_seqlens, "cache_seqlens")
-    num_sm_parts = framework.call(_C.dense_decode_num_sm_parts, (cache_seqlens,), num_q_tokens_per_head_k, num_heads_k)
-    metadata = framework.empty(cache_seqlens, (num_sm_parts, _METADATA_SIZE), "int32")
-    num_splits = framework.empty(cache_seqlens, (cache_seqlens.shape[0] + 1,), "int32")
-    arrays = (cache_seqlens, metadata, num_splits)
-    framework.call(_C.plan_dense_decode, arrays, framework.stream(cache_seqlens))
-    framework.finish(cache_seqlens)
-    return metadata, num_splits
+    return framework.plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
 
 
-def _integer(name: str, value: object) -> int:
-    if type(value) is int:
-        return value
-    try:
-        return int(value.__index__())  # type: ignore[attr-defined]
-    except AttributeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__qualname__}") from None
+def _integer(name: str, value: Any) -> int:
+    """Raises unless the value is an integer, of Python, NumPy or a compiler's: a symbol, which stays one."""
+    if type(value) is not int and not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__qualname__}")
+    return value  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "api/check.h"
+#include "api/parts.h"
 #include "cpu/dense_decode.h"
 #include "cuda/device.h"
 #include "cuda/tensor_map.h"
@@ -35,10 +36,14 @@ sm90::QueryTiling make_tiling(const DenseDecodeShape& shape) {
                                  static_cast<int>(shape.seqlen_q));
 }
 
+/// The query rows of a KV head, filled up to whole tiles.
+std::int64_t num_padded_rows(const DenseDecodeShape& shape) {
+  return static_cast<std::int64_t>(make_tiling(shape).num_tiles) * sm90::kBlockM;
+}
+
 int num_parts(const DenseDecodeArguments& args, const DenseDecodeShape& shape) {
   if (shape.num_sm_parts > 0) return static_cast<int>(shape.num_sm_parts);
-  const std::int64_t num_rows = static_cast<std::int64_t>(make_tiling(shape).num_tiles) * sm90::kBlockM;
-  return static_cast<int>(dense_decode_num_sm_parts(num_rows, shape.num_heads_k, args.q.device));
+  return static_cast<int>(dense_decode_num_sm_parts(num_padded_rows(shape), shape.num_heads_k, args.q.device));
 }
 
 Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
@@ -178,6 +183,14 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args) {
   if (args.q.device.type == DeviceType::kCpu || is_empty(shape)) return 0;
   cuda::require_hopper(args.q.device.index);
   return lay_out_workspace(shape, num_parts(args, shape)).size;
+}
+
+std::size_t dense_decode_max_workspace_size(const DenseDecodeArguments& args) {
+  const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/has_addresses(args));
+  if (is_empty(shape)) return 0;
+  const std::int64_t parts =
+      shape.num_sm_parts > 0 ? shape.num_sm_parts : num_sm_parts(kMaxSms, num_padded_rows(shape), shape.num_heads_k);
+  return lay_out_workspace(shape, static_cast<int>(parts)).size;
 }
 
 void dense_decode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes, CUstream_st* stream) {

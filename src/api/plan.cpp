@@ -1,13 +1,12 @@
 #include "flash_mla/plan.h"
 
-#include <algorithm>
 #include <string>
 
 #include "api/check.h"
+#include "api/parts.h"
 #include "cuda/device.h"
 #include "flash_mla/error.h"
 #include "scheduler/plan.h"
-#include "sm90/dense_decode/query_tiling.h"
 
 namespace flash_mla {
 namespace {
@@ -23,8 +22,7 @@ std::int64_t dense_decode_num_sm_parts(std::int64_t num_q_tokens_per_head_k, std
   check_at_least_one("num_heads_k", num_heads_k);
   if (device.type == DeviceType::kCpu) return 1;
   cuda::require_hopper(device.index);
-  const std::int64_t num_tiles = (num_q_tokens_per_head_k + sm90::kBlockM - 1) / sm90::kBlockM;
-  return std::max<std::int64_t>(cuda::device_properties(device.index).num_sms / num_heads_k / num_tiles, 1);
+  return num_sm_parts(cuda::device_properties(device.index).num_sms, num_q_tokens_per_head_k, num_heads_k);
 }
 
 void plan_dense_decode(const Tensor& cache_seqlens, const Tensor& tile_scheduler_metadata, const Tensor& num_splits,

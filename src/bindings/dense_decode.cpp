@@ -1,8 +1,9 @@
 #include "flash_mla/dense_decode.h"
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
-#include <initializer_list>
+#include <utility>
 
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
@@ -16,14 +17,14 @@ struct Call {
   ArrayView q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits;
   DenseDecodeArguments args;
 
-  Call(nb::handle q_, nb::handle k_cache_, nb::handle block_table_, nb::handle cache_seqlens_, nb::handle out_,
-       nb::handle lse_, nb::handle tile_scheduler_metadata_, nb::handle num_splits_, float softmax_scale, bool causal)
+  Call(nb::handle q_, nb::handle k_cache_, nb::handle block_table_, nb::handle cache_seqlens_, ArrayView out_,
+       ArrayView lse_, nb::handle tile_scheduler_metadata_, nb::handle num_splits_, float softmax_scale, bool causal)
       : q("q", q_),
         k_cache("k_cache", k_cache_),
         block_table("block_table", block_table_),
         cache_seqlens("cache_seqlens", cache_seqlens_),
-        out("out", out_, Access::kWrite),
-        lse("lse", lse_, Access::kWrite),
+        out(std::move(out_)),
+        lse(std::move(lse_)),
         tile_scheduler_metadata(ArrayView::optional("tile_scheduler_metadata", tile_scheduler_metadata_)),
         num_splits(ArrayView::optional("num_splits", num_splits_)),
         args{q.tensor(),
@@ -38,12 +39,25 @@ struct Call {
              causal} {}
 };
 
+/// Calls a function of the C++ library that only looks at shapes; results left out are what they would have to be.
+template <std::size_t (*function)(const DenseDecodeArguments&)>
 std::size_t workspace_size(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                            nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
                            float softmax_scale, bool causal) {
-  const Call call(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, softmax_scale,
-                  causal);
-  return dense_decode_workspace_size(call.args);
+  Call call(q, k_cache, block_table, cache_seqlens, ArrayView::optional("out", out, Access::kWrite),
+            ArrayView::optional("lse", lse, Access::kWrite), tile_scheduler_metadata, num_splits, softmax_scale,
+            causal);
+  DenseDecodeArguments& args = call.args;
+  const std::int64_t batch_size = args.q.shape[0];
+  const std::int64_t seqlen_q = args.q.shape[1];
+  const std::int64_t num_heads_q = args.q.shape[2];
+  if (!args.out) {
+    args.out = make_tensor(nullptr, args.q.dtype, args.q.device, batch_size, seqlen_q, num_heads_q, kHeadDimV);
+  }
+  if (!args.lse) {
+    args.lse = make_tensor(nullptr, DType::kFloat32, args.q.device, batch_size, num_heads_q, seqlen_q);
+  }
+  return function(args);
 }
 
 /// dense_decode_workspace_size, remembered from the calling thread's last call: layers of a model differ in addresses
@@ -71,8 +85,8 @@ std::size_t remembered_workspace_size(const DenseDecodeArguments& args) {
 void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens, nb::handle out,
             nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits, float softmax_scale, bool causal,
             nb::handle stream, nb::handle allocate) {
-  const Call call(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, softmax_scale,
-                  causal);
+  const Call call(q, k_cache, block_table, cache_seqlens, ArrayView("out", out, Access::kWrite),
+                  ArrayView("lse", lse, Access::kWrite), tile_scheduler_metadata, num_splits, softmax_scale, causal);
   const std::size_t workspace_bytes = remembered_workspace_size(call.args);
   const Workspace workspace(call.q, workspace_bytes, allocate);
   CUstream_st* const cuda_stream = call.q.current_stream(stream);
@@ -125,28 +139,39 @@ bool allocate_and_decode(DenseDecodeArguments& args, torch::NewTensor& out, torc
   return true;
 }
 
+struct NamedTensor {
+  const char* name;
+  nb::handle array;
+  Tensor& tensor;
+};
+
 /// dense_decode on PyTorch's tensors, in one go from the arguments to the results. Returns None, with nothing done, for
 /// what the longer way through Python serves, or explains the error of.
 nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                         nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
                         float softmax_scale, nb::handle causal, nb::handle extents) {
-  for (const nb::handle array : {q, k_cache, block_table, cache_seqlens}) {
-    if (!torch::is_tensor(array)) return nb::none();
-  }
-  for (const nb::handle array : {out, lse, tile_scheduler_metadata, num_splits}) {
-    if (!array.is_none() && !torch::is_tensor(array)) return nb::none();
-  }
   DenseDecodeArguments args;
-  args.q = torch::view("q", q);
-  args.k_cache = torch::view("k_cache", k_cache);
-  args.block_table = torch::view("block_table", block_table);
-  args.cache_seqlens = torch::view("cache_seqlens", cache_seqlens);
-  if (!out.is_none()) args.out = torch::view("out", out);
-  if (!lse.is_none()) args.lse = torch::view("lse", lse);
-  if (!tile_scheduler_metadata.is_none()) {
-    args.tile_scheduler_metadata = torch::view("tile_scheduler_metadata", tile_scheduler_metadata);
+  const NamedTensor required[] = {{"q", q, args.q},
+                                  {"k_cache", k_cache, args.k_cache},
+                                  {"block_table", block_table, args.block_table},
+                                  {"cache_seqlens", cache_seqlens, args.cache_seqlens}};
+  const NamedTensor optional[] = {{"out", out, args.out},
+                                  {"lse", lse, args.lse},
+                                  {"tile_scheduler_metadata", tile_scheduler_metadata, args.tile_scheduler_metadata},
+                                  {"num_splits", num_splits, args.num_splits}};
+  for (const NamedTensor& argument : required) {
+    if (!torch::is_tensor(argument.array)) return nb::none();
   }
-  if (!num_splits.is_none()) args.num_splits = torch::view("num_splits", num_splits);
+  for (const NamedTensor& argument : optional) {
+    if (!argument.array.is_none() && !torch::is_tensor(argument.array)) return nb::none();
+  }
+  if (torch::is_watched()) return nb::none();
+  for (const NamedTensor& argument : required) {
+    if (!torch::view(argument.name, argument.array, argument.tensor)) return nb::none();
+  }
+  for (const NamedTensor& argument : optional) {
+    if (!argument.array.is_none() && !torch::view(argument.name, argument.array, argument.tensor)) return nb::none();
+  }
   args.softmax_scale = softmax_scale;
   args.causal = is_true(causal);
   const bool is_16_bit = args.q.dtype == DType::kBFloat16 || args.q.dtype == DType::kFloat16;
@@ -169,10 +194,14 @@ nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table
 
 void register_dense_decode(nb::module_& m) {
   using namespace nb::literals;  // every array is .none(), so that ArrayView names the one that is missing
-  m.def("dense_decode_workspace_size", workspace_size, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
-        "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(),
-        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
+  m.def("dense_decode_workspace_size", workspace_size<dense_decode_workspace_size>, "q"_a.none(), "k_cache"_a.none(),
+        "block_table"_a.none(), "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(),
+        "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
         "Checks the arguments of dense_decode; bytes of workspace that they need.");
+  m.def("dense_decode_max_workspace_size", workspace_size<dense_decode_max_workspace_size>, "q"_a.none(),
+        "k_cache"_a.none(), "block_table"_a.none(), "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(),
+        "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a, "causal"_a,
+        "The same, without asking a device: bytes that suffice on every GPU that the kernels run on.");
   m.def("dense_decode", decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(), "cache_seqlens"_a.none(),
         "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(), "num_splits"_a.none(), "softmax_scale"_a,
         "causal"_a, "stream"_a = nb::none(), "allocate"_a = nb::none(),

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "flash_mla/error.h"
 
@@ -163,6 +164,13 @@ const dlpack::ExchangeApi* find_exchange_api(nb::handle type) {
   return api;
 }
 
+ShapeDType::ShapeDType(std::vector<std::int64_t> extents, const std::string& dtype_name)
+    : shape(std::move(extents)), dtype(DType::kOther) {
+  for (int code = 0; code < static_cast<int>(DType::kOther); ++code) {
+    if (dtype_name == flash_mla::dtype_name(static_cast<DType>(code))) dtype = static_cast<DType>(code);
+  }
+}
+
 ArrayView::ArrayView(const char* name, nb::handle array, Access access) : api_(find_exchange_api(array.type())) {
   if (api_ != nullptr) {
     dlpack::dltensor view;
@@ -170,8 +178,18 @@ ArrayView::ArrayView(const char* name, nb::handle array, Access access) : api_(f
     tensor_ = to_tensor(name, view);
     return;
   }
+  ShapeDType* described = nullptr;
+  if (nb::try_cast(array, described) && described != nullptr) {  // None casts to null
+    dlpack::dltensor view{};
+    view.device = {dlpack::kCpu, 0};
+    view.ndim = static_cast<std::int32_t>(described->shape.size());
+    view.shape = described->shape.data();
+    tensor_ = to_tensor(name, view);
+    tensor_.dtype = described->dtype;
+    return;
+  }
   const Bfloat16Bits* bfloat16 = nullptr;
-  if (nb::try_cast(array, bfloat16) && bfloat16 != nullptr) array = bfloat16->bits;  // None casts to null
+  if (nb::try_cast(array, bfloat16) && bfloat16 != nullptr) array = bfloat16->bits;
   capsule_ = PyCapsule_CheckExact(array.ptr()) ? nb::borrow(array) : export_capsule(name, array);
   tensor_ = to_tensor(name, open_capsule(name, capsule_, access));
   if (bfloat16 != nullptr && tensor_.dtype == DType::kUInt16) tensor_.dtype = DType::kBFloat16;

@@ -3,6 +3,9 @@
 #include <nanobind/nanobind.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
 
 #include "bindings/dlpack_abi.h"
 #include "flash_mla/tensor.h"
@@ -18,6 +21,15 @@ struct Bfloat16Bits {
   nb::object bits;
 };
 
+/// An array that isn't there yet, for checks of shapes and dtypes: row-major, on the CPU, without memory.
+struct ShapeDType {
+  std::vector<std::int64_t> shape;
+  DType dtype;
+
+  /// @param dtype_name  of flash_mla::dtype_name; any other counts as DType::kOther
+  ShapeDType(std::vector<std::int64_t> extents, const std::string& dtype_name);
+};
+
 /// The exchange table of an array type, or null. Looked up once per type, which then lives on, so that its address
 /// stays its own. The GIL is held.
 const dlpack::ExchangeApi* find_exchange_api(nb::handle type);
@@ -29,8 +41,9 @@ Tensor to_tensor(const char* name, const dlpack::dltensor& source);
 /// A Python array as a Tensor, for the length of a call. Make and destroy it with the GIL held.
 ///
 /// Array types with DLPack's exchange table (PyTorch 2.11 and later) are read through it, others through `__dlpack__`,
-/// asked not to synchronise; a DLPack capsule and Bfloat16Bits are taken too. The constructor throws InvalidArgument or
-/// InvalidType, naming the argument, for what isn't an array of 1 to 5 dimensions on a CPU or CUDA device.
+/// asked not to synchronise; a DLPack capsule, Bfloat16Bits and ShapeDType are taken too. The constructor throws
+/// InvalidArgument or InvalidType, naming the argument, for what isn't an array of 1 to 5 dimensions on a CPU or CUDA
+/// device.
 class ArrayView {
  public:
   ArrayView() = default;

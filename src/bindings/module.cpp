@@ -1,8 +1,13 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <cstdint>
 #include <exception>
 #include <new>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
@@ -40,10 +45,17 @@ NB_MODULE(_C, m) {
             new (self) flash_mla::bindings::Bfloat16Bits{std::move(bits)};
           },
           nb::arg("bits"));
+  nb::class_<flash_mla::bindings::ShapeDType>(
+      m, "ShapeDType", "An array that isn't there yet, for checks of shapes and dtypes: row-major, on the CPU.")
+      .def(nb::init<std::vector<std::int64_t>, const std::string&>(), nb::arg("shape"), nb::arg("dtype"));
   m.def("find_torch", flash_mla::bindings::torch::find, nb::arg("tensor_type"),
         "Takes the short way for tensors of PyTorch from now on, where this PyTorch has what it needs.");
+  m.def("torch_can_read", flash_mla::bindings::torch::can_read, nb::arg("array").none(),
+        "Whether the short way takes this array, on this thread, now.");
+  flash_mla::bindings::register_build_info(m);
   flash_mla::bindings::register_plan(m);
   flash_mla::bindings::register_dense_decode(m);
   flash_mla::bindings::register_merge_states(m);
   flash_mla::bindings::register_ceilings(m);
+  flash_mla::bindings::register_xla_ffi(m);
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <unordered_map>
 #include <utility>
 
 #include "bindings/dlpack.h"
@@ -26,17 +27,24 @@ using DeleteTensor = std::int32_t (*)(Handle tensor);
 using Wrap = PyObject* (*)(Handle tensor);
 constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapRKN2at10TensorBaseE";
 
+/// bool c10::impl::TorchDispatchModeTLS::any_modes_set(bool skip_infra_modes)
+using AnyModesSet = bool (*)(bool skip_infra_modes);
+constexpr const char* kAnyModesSetSymbol = "_ZN3c104impl20TorchDispatchModeTLS13any_modes_setEb";
+constexpr const char* kDispatchAttribute = "__torch_dispatch__";
+
 struct Library {
-  PyObject* tensor_type = nullptr;  // torch.Tensor, which lives as long as the process
+  PyObject* tensor_type = nullptr;  // torch.Tensor, which lives as long as the process, as does the next
+  PyObject* no_dispatch = nullptr;  // __torch_dispatch__ of types that leave operations as they are
   const dlpack::ExchangeApi* exchange_api = nullptr;
   EmptyStrided empty_strided = nullptr;
   GetDataPtr get_data_ptr = nullptr;
   DeleteTensor delete_tensor = nullptr;
   Wrap wrap = nullptr;
+  AnyModesSet any_modes_set = nullptr;
 
   bool is_complete() const {
-    return exchange_api != nullptr && empty_strided != nullptr && get_data_ptr != nullptr && delete_tensor != nullptr &&
-           wrap != nullptr;
+    return exchange_api != nullptr && no_dispatch != nullptr && empty_strided != nullptr && get_data_ptr != nullptr &&
+           delete_tensor != nullptr && wrap != nullptr && any_modes_set != nullptr;
   }
 };
 
@@ -49,6 +57,23 @@ void find_function(const char* file, const char* symbol, Function& function) {
   if (handle == nullptr) return;
   function = reinterpret_cast<Function>(dlsym(handle, symbol));
   dlclose(handle);
+}
+
+/// Looked up once per type, which find_exchange_api keeps alive.
+bool is_ordinary_type(nb::handle type) {
+  static auto* cache = new std::unordered_map<PyObject*, bool>;
+  if (const auto it = cache->find(type.ptr()); it != cache->end()) return it->second;
+  const bool is_ordinary = find_exchange_api(type) == library.exchange_api &&
+                           nb::getattr(type, kDispatchAttribute, nb::none()).ptr() == library.no_dispatch;
+  cache->emplace(type.ptr(), is_ordinary);
+  return is_ordinary;
+}
+
+/// False, and no Python error, where the tensor has no memory to look at.
+bool get_view(nb::handle tensor, dlpack::dltensor& view) {
+  if (library.exchange_api->view(tensor.ptr(), &view) == 0) return true;
+  PyErr_Clear();
+  return false;
 }
 
 /// c10::ScalarType, -1 for those that nobody asks for.
@@ -78,23 +103,33 @@ void find(nb::handle type) {
   Library found;
   found.tensor_type = type.ptr();
   found.exchange_api = find_exchange_api(type);
+  found.no_dispatch = nb::getattr(type, kDispatchAttribute, nb::handle()).release().ptr();
   find_function("libtorch_cpu.so", "aoti_torch_empty_strided", found.empty_strided);
   find_function("libtorch_cpu.so", "aoti_torch_get_data_ptr", found.get_data_ptr);
   find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
   find_function("libtorch_python.so", kWrapSymbol, found.wrap);
+  find_function("libc10.so", kAnyModesSetSymbol, found.any_modes_set);
   if (found.is_complete()) library = found;
 }
 
 bool is_tensor(nb::handle array) {
   if (library.exchange_api == nullptr) return false;
   const nb::handle type = array.type();
-  return type.ptr() == library.tensor_type || find_exchange_api(type) == library.exchange_api;
+  return type.ptr() == library.tensor_type || is_ordinary_type(type);
 }
 
-Tensor view(const char* name, nb::handle tensor) {
+bool is_watched() { return library.any_modes_set(/*skip_infra_modes=*/false); }
+
+bool view(const char* name, nb::handle tensor, Tensor& result) {
   dlpack::dltensor view;
-  if (library.exchange_api->view(tensor.ptr(), &view) != 0) throw nb::python_error();
-  return to_tensor(name, view);
+  if (!get_view(tensor, view)) return false;
+  result = to_tensor(name, view);
+  return true;
+}
+
+bool can_read(nb::handle array) {
+  dlpack::dltensor view;
+  return is_tensor(array) && !is_watched() && get_view(array, view);
 }
 
 CUstream_st* current_stream(Device device) {

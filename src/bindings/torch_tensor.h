@@ -18,13 +18,22 @@ namespace flash_mla::bindings::torch {
 /// Looks up what the other functions use. `type` is torch.Tensor.
 void find(nanobind::handle type);
 
-/// Whether it is a tensor, of a subclass perhaps. False for everything before find(), and where this PyTorch lacks the
+/// Whether it is a tensor, of a subclass perhaps, unless the subclass has its own idea of what operations do
+/// (`__torch_dispatch__`: FakeTensor, DTensor). False for everything before find(), and where this PyTorch lacks the
 /// table (before 2.11) or one of the functions.
 bool is_tensor(nanobind::handle array);
 
-/// The view of a tensor. The GIL is held.
+/// Whether the calling thread has told PyTorch to show every operation to somebody (`TorchDispatchMode`: make_fx,
+/// FakeTensorMode, FlopCounterMode), who would not see a call that goes around PyTorch.
+bool is_watched();
+
+/// Fills in the view of a tensor. False where it has no memory to look at: on device "meta", inside torch.func's
+/// transforms, under functionalisation. The GIL is held.
 /// @throws InvalidArgument naming the argument
-Tensor view(const char* name, nanobind::handle tensor);
+bool view(const char* name, nanobind::handle tensor, Tensor& result);
+
+/// Whether it is a tensor, not watched, and has memory to look at. The GIL is held.
+bool can_read(nanobind::handle array);
 
 /// PyTorch's current stream on a device, null on the CPU. The GIL is held.
 CUstream_st* current_stream(Device device);

@@ -319,6 +319,33 @@ struct PlanArguments {
   Tensor num_splits = make_tensor(address(3), DType::kInt32, kGpu, 5);
 };
 
+TEST(MaxWorkspaceSize, AsksForNoDevice) {
+  DenseDecodeArguments args = right_call();  // on a device that isn't there
+  const std::size_t planned = dense_decode_max_workspace_size(args);
+  EXPECT_GT(planned, std::size_t{2} * 66 * 2 * 128 * 512 * sizeof(float));  // two slots a part
+  args.tile_scheduler_metadata = {};
+  args.num_splits = {};
+  const std::size_t unplanned = dense_decode_max_workspace_size(args);
+  // 2 KV heads of 128 rows: 4 CTAs a part. 144 SMs take 36 parts, and their plan lies in the workspace.
+  const std::size_t rows = std::size_t{2} * 36 * 2 * 128;
+  EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + rows * (512 + 2) * sizeof(float));
+}
+
+TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {
+  DenseDecodeArguments args = right_call();
+  reshape(args.q, 4, 2, 128, 512);
+  EXPECT_EQ(error_of([&] { dense_decode_max_workspace_size(args); }),
+            "InvalidArgument: q: expected shape (batch_size, seqlen_q, num_heads_q, 576), got (4, 2, 128, 512)");
+  DenseDecodeArguments empty = right_call();
+  reshape(empty.q, 0, 2, 128, 576);
+  reshape(empty.block_table, 0, 16);
+  reshape(empty.cache_seqlens, 0);
+  reshape(empty.out, 0, 2, 128, 512);
+  reshape(empty.lse, 0, 128, 2);
+  reshape(empty.num_splits, 1);
+  EXPECT_EQ(dense_decode_max_workspace_size(empty), 0U);
+}
+
 TEST(CheckPlan, TakesArraysThatAgree) {
   struct WrongPlan {
     void (*spoil)(PlanArguments&);

@@ -131,6 +131,7 @@ TEST_P(DenseDecodeGpuGrid, AgreesWithTheCpu) {
   HostCase host(GetParam());
   const DeviceCase device(host);
   const std::size_t size = dense_decode_workspace_size(device.args);
+  EXPECT_LE(size, dense_decode_max_workspace_size(device.args));
   const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);

@@ -150,6 +150,32 @@ def test_releases_the_gil() -> None:
     assert num_turns > 10
 
 
+def test_checks_arrays_that_are_not_there() -> None:
+    """By shape and dtype, results to come included; on any GPU of those that the kernels run on."""
+    shapes = {
+        "q": _C.ShapeDType([2, 1, 16, 576], "bfloat16"),
+        "k_cache": _C.ShapeDType([9, 64, 1, 576], "bfloat16"),
+        "block_table": _C.ShapeDType([2, 4], "int32"),
+        "cache_seqlens": _C.ShapeDType([2], "int32"),
+    }
+    more = {"out": None, "lse": None, "tile_scheduler_metadata": None, "num_splits": None}
+    options = {"softmax_scale": SCALE, "causal": False}
+    assert _C.dense_decode_workspace_size(**shapes, **more, **options) == 0
+    # Of 144 parts, each: 32 bytes of plan, 3 flags, and 2 slots of 16 rows of out, their maxima and their sums.
+    expected = 144 * (32 + 3 * 8 + 2 * 16 * (512 * 4 + 8))
+    assert _C.dense_decode_max_workspace_size(**shapes, **more, **options) == expected
+    wrong: list[tuple[str, list[int], str, type[Exception], str]] = [
+        ("q", [2, 1, 16, 576], "float8_e4m3fn", TypeError, "dtype bfloat16 or float16, got an unknown dtype"),
+        ("q", [2, 1, 1, 1, 16, 576], "bfloat16", ValueError, "1 to 5 dimensions, got 6"),
+        ("k_cache", [9, 64, 1, 576], "float16", TypeError, "dtype bfloat16 as q, got float16"),
+        ("cache_seqlens", [], "int32", ValueError, "1 to 5 dimensions, got 0"),
+        ("out", [2, 1, 16, 576], "bfloat16", ValueError, r"shape \(2, 1, 16, 512\), got \(2, 1, 16, 576\)"),
+    ]
+    for name, shape, dtype, error, message in wrong:
+        with pytest.raises(error, match=f"^{name}: expected {message}"):
+            _C.dense_decode_workspace_size(**{**shapes, **more, name: _C.ShapeDType(shape, dtype)}, **options)
+
+
 def test_imports_fast_and_alone() -> None:
     script = (
         "import sys, time; start = time.perf_counter(); import flash_mla; end = time.perf_counter();"

@@ -132,14 +132,6 @@ def test_does_not_write_to_jax_arrays_of_others(case: Case, argument: str) -> No
         call(library, case, **{argument: own[argument]})
 
 
-def test_runs_outside_jit_only(case: Case) -> None:
-    library = Library("jax.numpy")
-    jit = pytest.importorskip("jax").jit
-    others = [library.array(array) for array in (case.k_cache, case.block_table, case.cache_seqlens)]
-    with pytest.raises(TypeError, match="outside jit"):
-        jit(lambda q: flash_mla_with_kvcache(q, *others, 512))(library.array(case.q))
-
-
 @pytest.mark.parametrize("name", ["k_cache", "block_table", "cache_seqlens", "out", "lse", "num_splits"])
 def test_refuses_arrays_of_two_libraries(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -197,20 +189,6 @@ def test_cupy_runs_on_the_current_stream(dtype: str) -> None:
         assert all(isinstance(result, cupy.ndarray) for result in results)
         out, lse = (cupy.asnumpy(result).astype(np.float64) for result in results)
     assert_close(out, lse, *decode_numpy(case))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_jax_waits_for_inputs_and_results(dtype: str) -> None:
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs JAX with CUDA")
-    case = make_case(Spec(**{**vars(GPU_SPEC), "dtype": dtype}))
-    arrays = [jax.numpy.asarray(array) for array in (case.q, case.k_cache, case.block_table, case.cache_seqlens)]
-    copies = [array.copy() for array in arrays]  # still on their way when the call begins
-    out, lse = flash_mla_with_kvcache(*copies, 512, causal=True)
-    assert {*out.devices(), *lse.devices()} == arrays[0].devices()
-    assert_close(*(np.asarray(result).astype(np.float64) for result in (out, lse)), *decode_numpy(case))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,139 @@
+"""PyTorch's tensors that only stand for others, and modes that watch what is done with tensors."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+from cases import Case, make_case
+from flash_mla import Unsupported, get_mla_metadata
+
+torch_module = pytest.importorskip("torch")
+
+from test_torch_library import (  # noqa: E402
+    CPU_SPEC,
+    GPU_SPEC,
+    Results,
+    Tensors,
+    assert_same,
+    left_out,
+    plan_for,
+    planned_inside,
+    sched_meta_inside,
+    tensors,
+)
+
+
+@pytest.fixture
+def case(device: str | None) -> Case:
+    return make_case(GPU_SPEC, "cuda") if device else make_case(CPU_SPEC, "cpu")
+
+
+def fake(mode: Any, case: Case, device: str) -> Tensors:
+    with mode:
+        return tuple(  # type: ignore[return-value]
+            torch_module.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in tensors(case)
+        )
+
+
+def assert_like(got: Results, expected: Results, device: str) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, device)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_fake_tensors(device_type: str) -> None:
+    """They tell the results' shapes, those of a GPU without one too."""
+    case = make_case(CPU_SPEC, "cpu")
+    symbols = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv()
+    mode = import_module("torch._subclasses").FakeTensorMode(shape_env=symbols)
+    arrays = fake(mode, case, device_type)
+    expected = left_out(*tensors(case))
+    for way in (left_out, planned_inside, sched_meta_inside):
+        with mode:
+            assert_like(way(*arrays), expected, device_type)
+    with mode:
+        metadata, num_splits = plan_for(arrays[0], arrays[1], arrays[3])
+    assert metadata.shape[1] == 8
+    assert metadata.shape[0] == 1 if device_type == "cpu" else metadata.shape[0] >= 1
+    assert num_splits.shape == (CPU_SPEC.batch_size + 1,)
+    assert metadata.dtype == num_splits.dtype == torch_module.int32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_q_tokens", [1, 64, 65, 256])
+def test_a_fake_plan_has_the_size_of_a_real_one(torch: Any, num_q_tokens: int) -> None:
+    seqlens = torch.tensor([100, 200], dtype=torch.int32, device="cuda")
+    real = get_mla_metadata(seqlens, num_q_tokens, 1)
+    with import_module("torch._subclasses").FakeTensorMode() as mode:
+        planned = get_mla_metadata(mode.from_tensor(seqlens), num_q_tokens, 1)
+    assert [x.shape for x in planned] == [x.shape for x in real]
+
+
+def test_meta_tensors() -> None:
+    case = make_case(CPU_SPEC, "cpu")
+    arrays = [x.to("meta") for x in tensors(case)]
+    assert_like(left_out(*arrays), left_out(*tensors(case)), "meta")
+    with pytest.raises(Unsupported, match=r"^cache_seqlens: expected a device"):
+        planned_inside(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("q", lambda x: x[0], ValueError, "shape"),
+        ("q", lambda x: x.float(), TypeError, "dtype"),
+        ("k_cache", lambda x: x[..., :512], ValueError, "shape"),
+        ("block_table", lambda x: x.long(), TypeError, "dtype"),
+        ("cache_seqlens", lambda x: x[1:], ValueError, "shape"),
+    ],
+)
+def test_errors_come_while_tracing(name: str, change: Any, error: type[Exception], message: str) -> None:
+    case = make_case(CPU_SPEC, "cpu")
+    names = ("q", "k_cache", "block_table", "cache_seqlens")
+    mode = import_module("torch._subclasses").FakeTensorMode()
+    arrays = dict(zip(names, fake(mode, case, "cpu"), strict=True))
+    with mode:
+        arrays[name] = change(arrays[name])
+    with mode, pytest.raises(error, match=rf"^{name}: .*{message}"):
+        left_out(**arrays)
+    real = dict(zip(names, tensors(case), strict=True))
+    real[name] = change(real[name])
+    with pytest.raises(Exception, match=rf"{name}: .*{message}"):
+        torch_module.compile(left_out, fullgraph=True)(**real)
+
+
+def test_dispatch_modes_see_the_call(case: Case) -> None:
+    seen = []
+
+    class Watch(import_module("torch.utils._python_dispatch").TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        results = planned_inside(*tensors(case))
+    assert "flash_mla.plan_dense_decode.default" in seen
+    assert "flash_mla.dense_decode.default" in seen
+    assert_same(results, left_out(*tensors(case)))
+    seen.clear()
+    left_out(*tensors(case))
+    assert not seen
+
+
+def test_make_fx_records_the_call(case: Case) -> None:
+    arrays = tensors(case)
+    traced = import_module("torch.fx.experimental.proxy_tensor").make_fx(left_out)(
+        *(torch_module.zeros_like(x) for x in arrays)
+    )
+    assert_same(traced(*arrays), left_out(*arrays))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_calls_once_for_each(case: Case) -> None:
+    q, *others = tensors(case)
+    queries = torch_module.stack([q, q * 0.5])
+    out, lse = torch_module.vmap(lambda q: left_out(q, *others))(queries)
+    for index in range(2):
+        assert_same((out[index], lse[index]), left_out(queries[index], *others))
