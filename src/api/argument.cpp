@@ -1,6 +1,6 @@
 #include "api/argument.h"
 
-#include <sstream>
+#include <cstdio>
 
 #include "flash_mla/error.h"
 
@@ -26,9 +26,9 @@ std::string to_string(Device device) {
 }
 
 std::string to_string(const void* address) {
-  std::ostringstream text;
-  text << address;
-  return text.str();
+  char text[32];
+  std::snprintf(text, sizeof(text), "%p", address);
+  return text;
 }
 
 }  // namespace

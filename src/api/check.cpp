@@ -2,7 +2,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <sstream>
+#include <cstdio>
 #include <string>
 
 #include "api/argument.h"
@@ -102,9 +102,9 @@ void check_plan_arrays(Argument tile_scheduler_metadata, Argument num_splits, st
 
 void check_softmax_scale(float scale) {
   if (std::isfinite(scale) && scale > 0.0F) return;
-  std::ostringstream got;
-  got << scale;
-  fail("softmax_scale", "a finite number above 0", got.str());
+  char got[32];
+  std::snprintf(got, sizeof(got), "%g", scale);
+  fail("softmax_scale", "a finite number above 0", got);
 }
 
 }  // namespace

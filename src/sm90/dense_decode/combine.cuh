@@ -52,11 +52,12 @@ class Combine {
   static constexpr int kMinSharedBytes = scheduler::kMaxParts * (kUnitBytes + kRowsBytes) + 2 * kRowsBytes;
 
   /// `shared`: `num_bytes` of shared memory that nothing else uses any more, aligned to 16 bytes.
+  /// `met`: an mbarrier for an arrival by each consumer thread, which nothing else uses.
   __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, std::uint32_t shared,
-                     int num_bytes)
-      : params_(params), tile_(tile), head_k_(head_k), shared_(shared), num_bytes_(num_bytes) {}
+                     int num_bytes, std::uint32_t met)
+      : params_(params), tile_(tile), head_k_(head_k), shared_(shared), num_bytes_(num_bytes), met_(met) {}
 
-  __device__ __forceinline__ void run(const SplitRequest& split, int slice) const {
+  __device__ __forceinline__ void run(const SplitRequest& split, int slice) {
     wait_for_pieces(split);
     const int n = split.num_pieces;
     const int end = kNumUnits * (slice + 1) / n;
@@ -113,7 +114,7 @@ class Combine {
     return sum_at(batch, split.num_pieces, batch.first_row);
   }
 
-  __device__ __forceinline__ void wait_for_pieces(const SplitRequest& split) const {
+  __device__ __forceinline__ void wait_for_pieces(const SplitRequest& split) {
     const TileFlags flags(params_, tile_.index(params_.tiling, head_k_));
     static_assert(Traits::kConsumerThreads >= scheduler::kMaxParts, "a thread for each flag");
     if (static_cast<int>(threadIdx.x) < split.num_pieces) {
@@ -224,13 +225,21 @@ class Combine {
 
   __device__ static int warp() { return threadIdx.x / 32; }
   __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static void sync() { ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads); }
+
+  /// Waits for all consumer threads. A named barrier would do; racecheck of compute-sanitizer does not follow one.
+  __device__ __forceinline__ void sync() {
+    ptx::mbarrier_arrive(met_);
+    ptx::mbarrier_wait(met_, met_phase_);
+    met_phase_ ^= 1;
+  }
 
   const DenseDecodeParams& params_;
   const QueryTile& tile_;
   const int head_k_;
   const std::uint32_t shared_;
   const int num_bytes_;
+  const std::uint32_t met_;
+  std::uint32_t met_phase_ = 0;
 };
 
 /// Merges the part's slices of split requests, which find_splits has found meanwhile. By all consumer threads, when the
@@ -238,7 +247,8 @@ class Combine {
 template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k, int part_idx) {
-  const Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), Storage::kMergeBytes);
+  Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), Storage::kMergeBytes,
+                          ptx::shared_address(&shared.merge_met));
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (const SplitRequest& found : shared.plan.splits) {

@@ -23,6 +23,7 @@ __device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Trait
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
     ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
+    ptx::mbarrier_init(ptx::shared_address(&shared.merge_met), Traits::kConsumerThreads);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
     for (auto& barrier : shared.exchange_full) {

@@ -92,6 +92,7 @@ struct alignas(1024) SharedStorage {
   uint4 exchange[Exchange::kVectors][Traits::kWarpgroupThreads];
   std::uint64_t exchange_full[Traits::kNumConsumers];
   PartPlan plan;
+  std::uint64_t merge_met;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];

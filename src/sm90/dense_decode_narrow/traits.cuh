@@ -61,6 +61,7 @@ struct alignas(1024) NarrowStorage {
   float row_max[Traits::kNumConsumers][Traits::kRows];
   float scale[Traits::kNumConsumers][Traits::kRows];
   PartPlan plan;
+  std::uint64_t merge_met;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t consumers_met;
