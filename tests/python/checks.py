@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,3 +104,15 @@ def _sentinels(like: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(like, np.ndarray):
         return np.full(shape, SENTINELS[like.itemsize], f"i{like.itemsize}").view(like.dtype)
     return bits(like.new_empty(0)).new_full(shape, SENTINELS[like.element_size()]).view(like.dtype)
+
+
+def turns_during(function: Callable[..., object], *arguments: object) -> int:
+    """How often this thread has its turn during one call in another thread: hardly ever, if the call keeps the GIL."""
+    thread = threading.Thread(target=function, args=arguments)
+    interval = sys.getswitchinterval()
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(interval)
+        num_turns += 1
+    return num_turns

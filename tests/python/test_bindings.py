@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import flash_mla
 import numpy as np
 import pytest
 from cases import Spec, make_case
+from checks import turns_during
 from fakes import CPU, CUDA, READ_ONLY, FakeArray
 from flash_mla import _C
 from oracle import assert_close, decode_numpy
@@ -139,16 +138,8 @@ def test_takes_read_only_inputs(expected: tuple[Any, Any]) -> None:
 def test_releases_the_gil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_MLA_NUM_THREADS", "1")
     case = make_case(Spec(lengths=(4096,) * 8, num_heads_q=128))
-    thread = threading.Thread(
-        target=flash_mla.flash_mla_with_kvcache, args=(case.q, case.k_cache, case.block_table, case.cache_seqlens, 512)
-    )
-    interval = sys.getswitchinterval()
-    thread.start()
-    num_turns = 0
-    while thread.is_alive():
-        time.sleep(interval)
-        num_turns += 1
-    assert num_turns > 10
+    arrays = case.q, case.k_cache, case.block_table, case.cache_seqlens
+    assert turns_during(flash_mla.flash_mla_with_kvcache, *arrays, 512) > 10
 
 
 def test_checks_arrays_that_are_not_there() -> None:

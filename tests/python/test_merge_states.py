@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import threading
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from cases import HEAD_DIM_V, NumpyArrays, Spec, TorchArrays, make_case
-from checks import Guarded, decode, same_bits
+from checks import Guarded, decode, same_bits, turns_during
 from flash_mla import merge_states
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -211,17 +208,9 @@ def test_array_libraries(name: str, layout: str, dtype: str) -> None:
 
 
 def test_releases_the_gil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This thread goes on during one long call."""
     monkeypatch.setenv("FLASH_MLA_NUM_THREADS", "1")
     outs, lses = [np.ones((256, 2, 128, 512), np.float32)] * 128, [np.ones((256, 128, 2), np.float32)] * 128
-    thread = threading.Thread(target=merge_states, args=(outs, lses))
-    interval = sys.getswitchinterval()
-    thread.start()
-    num_turns = 0
-    while thread.is_alive():
-        time.sleep(interval)
-        num_turns += 1
-    assert num_turns > 10
+    assert turns_during(merge_states, outs, lses) > 10
 
 
 # On a GPU, on the caller's stream.
