@@ -21,7 +21,7 @@ def collect() -> dict[str, Any]:
     gpus = cuda.gpus()
     reason = why_not(build["cuda"])
     return {
-        "version": build["version"],
+        "version": metadata.version("flash-mla"),
         "python": sys.version.split()[0],
         "build": build,
         "driver": {"cuda": None if version is None else f"{version[0]}.{version[1]}", "release": cuda.driver_release()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import frameworks
-from .calls import Array, MergeCall, States
+from .calls import MAX_STATES, Array, MergeCall, States
 from .frameworks import check_framework, framework_of
 
 
@@ -59,7 +59,7 @@ def merge_states(
     """
     call = MergeCall(_to_states("outs", outs), _to_states("lses", lses), out, lse)
     if not call.outs.arrays:
-        raise ValueError("outs: expected 1 to 128 states, got 0")
+        raise ValueError(f"outs: expected 1 to {MAX_STATES} states, got 0")
     like = call.outs.names()[0]
     if frameworks.is_read_by_dynamo():
         from . import torch_library

@@ -9,10 +9,13 @@
 #include <new>
 #include <string>
 
+#include "api/argument.h"
 #include "flash_mla/flash_mla.h"
 
 namespace flash_mla {
 namespace {
+
+using checks::fail;
 
 static_assert(FLASH_MLA_BFLOAT16 == static_cast<int>(DType::kBFloat16));
 static_assert(FLASH_MLA_FLOAT16 == static_cast<int>(DType::kFloat16));
@@ -66,10 +69,6 @@ flash_mla_status guarded(const Function& function) noexcept {
   } catch (...) {
     return keep(FLASH_MLA_INTERNAL_ERROR, "an exception of unknown type");
   }
-}
-
-[[noreturn]] void fail(const char* name, const std::string& expected, const std::string& got) {
-  throw InvalidArgument(std::string(name) + ": expected " + expected + ", got " + got);
 }
 
 template <class T>

@@ -2,17 +2,17 @@
 
 #include <string>
 
+#include "api/argument.h"
 #include "api/check.h"
 #include "api/parts.h"
 #include "cuda/device.h"
-#include "flash_mla/error.h"
 #include "scheduler/plan.h"
 
 namespace flash_mla {
 namespace {
 
 void check_at_least_one(const char* name, std::int64_t value) {
-  if (value < 1) throw InvalidArgument(std::string(name) + ": expected at least 1, got " + std::to_string(value));
+  if (value < 1) checks::fail(name, "at least 1", std::to_string(value));
 }
 
 }  // namespace

@@ -162,7 +162,6 @@ __device__ __forceinline__ void merge_row(const Params<kShareStrides>& params, c
 }
 
 /// Grid: (num_heads_q, seqlen_q, batch_size), the last two as far as a grid goes.
-/// Grid: (num_heads_q, seqlen_q, batch_size), the last two as far as a grid goes.
 template <class In, class Out, bool kShareStrides>
 __global__ void __launch_bounds__(kThreads<In>)
     merge_states_kernel(const __grid_constant__ Params<kShareStrides> params) {

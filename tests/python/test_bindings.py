@@ -136,7 +136,8 @@ def test_takes_read_only_inputs(expected: tuple[Any, Any]) -> None:
     np.testing.assert_array_equal(arrays["out"], expected[0])
 
 
-def test_releases_the_gil() -> None:
+def test_releases_the_gil(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_MLA_NUM_THREADS", "1")
     case = make_case(Spec(lengths=(4096,) * 8, num_heads_q=128))
     thread = threading.Thread(
         target=flash_mla.flash_mla_with_kvcache, args=(case.q, case.k_cache, case.block_table, case.cache_seqlens, 512)

@@ -102,7 +102,9 @@ def on_cpu() -> tuple[Case, Any, Any, Arguments]:
 
 
 def test_version(library: Any) -> None:
-    assert library.flash_mla_version().decode() == __version__
+    assert (
+        library.flash_mla_version().decode() == __version__.partition("+")[0]
+    )  # wheels have a local part, such as cu128
 
 
 def test_contiguous_strides(library: Any) -> None:

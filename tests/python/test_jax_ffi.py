@@ -15,15 +15,13 @@ from flash_mla import flash_mla_with_kvcache, get_mla_metadata, merge_states
 from merges import Merge, assert_merged, make_states
 from merges import reference as merged_reference
 from oracle import assert_close, decode_numpy
+from ways import CPU_SPEC, Results, arrays_of, left_out, plan_for, planned_inside
 
 jax_module = pytest.importorskip("jax")
 
-CPU_SPEC = Spec(lengths=(0, 70, 129), seqlen_q=2, num_heads_q=6, num_heads_k=3, causal=True)
 GPU_SPEC = Spec(lengths=(4096, 1, 0, 700), seqlen_q=2, num_heads_q=32, causal=True)
 SOURCES = Path(__file__).parents[2] / "src"
 STEPS = 4
-
-Results = tuple[Any, Any]
 
 
 def missing_on_the_gpu() -> str | None:
@@ -46,24 +44,6 @@ def case(request: pytest.FixtureRequest, device: str | None) -> Case:
 
 def put(host: Case, device: Any) -> Case:
     return Case(host.spec, *(jax_module.device_put(x, device) for x in arrays_of(host)))
-
-
-def arrays_of(case: Case) -> tuple[Any, Any, Any, Any]:
-    return case.q, case.k_cache, case.block_table, case.cache_seqlens
-
-
-def plan_for(q: Any, k_cache: Any, cache_seqlens: Any) -> Results:
-    return get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2] // k_cache.shape[2], k_cache.shape[2])
-
-
-def left_out(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Results:
-    return flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, 512, causal=True)
-
-
-def planned_inside(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Results:
-    return flash_mla_with_kvcache(
-        q, k_cache, block_table, cache_seqlens, 512, *plan_for(q, k_cache, cache_seqlens), causal=True
-    )
 
 
 def sched_meta_inside(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Results:

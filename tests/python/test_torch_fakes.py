@@ -8,21 +8,11 @@ from typing import Any
 import pytest
 from cases import Case, make_case
 from flash_mla import Unsupported, get_mla_metadata
+from ways import CPU_SPEC, Arrays, Results, arrays_of, left_out, plan_for, planned_inside
 
 torch_module = pytest.importorskip("torch")
 
-from test_torch_library import (  # noqa: E402
-    CPU_SPEC,
-    GPU_SPEC,
-    Results,
-    Tensors,
-    assert_same,
-    left_out,
-    plan_for,
-    planned_inside,
-    sched_meta_inside,
-    tensors,
-)
+from test_torch_library import GPU_SPEC, assert_same, sched_meta_inside  # noqa: E402
 
 
 @pytest.fixture
@@ -30,10 +20,10 @@ def case(device: str | None) -> Case:
     return make_case(GPU_SPEC, "cuda") if device else make_case(CPU_SPEC, "cpu")
 
 
-def fake(mode: Any, case: Case, device: str) -> Tensors:
+def fake(mode: Any, case: Case, device: str) -> Arrays:
     with mode:
         return tuple(  # type: ignore[return-value]
-            torch_module.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in tensors(case)
+            torch_module.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in arrays_of(case)
         )
 
 
@@ -49,7 +39,7 @@ def test_fake_tensors(device_type: str) -> None:
     symbols = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv()
     mode = import_module("torch._subclasses").FakeTensorMode(shape_env=symbols)
     arrays = fake(mode, case, device_type)
-    expected = left_out(*tensors(case))
+    expected = left_out(*arrays_of(case))
     for way in (left_out, planned_inside, sched_meta_inside):
         with mode:
             assert_like(way(*arrays), expected, device_type)
@@ -73,8 +63,8 @@ def test_a_fake_plan_has_the_size_of_a_real_one(torch: Any, num_q_tokens: int) -
 
 def test_meta_tensors() -> None:
     case = make_case(CPU_SPEC, "cpu")
-    arrays = [x.to("meta") for x in tensors(case)]
-    assert_like(left_out(*arrays), left_out(*tensors(case)), "meta")
+    arrays = [x.to("meta") for x in arrays_of(case)]
+    assert_like(left_out(*arrays), left_out(*arrays_of(case)), "meta")
     with pytest.raises(Unsupported, match=r"^cache_seqlens: expected a device"):
         planned_inside(*arrays)
 
@@ -98,7 +88,7 @@ def test_errors_come_while_tracing(name: str, change: Any, error: type[Exception
         arrays[name] = change(arrays[name])
     with mode, pytest.raises(error, match=rf"^{name}: .*{message}"):
         left_out(**arrays)
-    real = dict(zip(names, tensors(case), strict=True))
+    real = dict(zip(names, arrays_of(case), strict=True))
     real[name] = change(real[name])
     with pytest.raises(Exception, match=rf"{name}: .*{message}"):
         torch_module.compile(left_out, fullgraph=True)(**real)
@@ -113,17 +103,17 @@ def test_dispatch_modes_see_the_call(case: Case) -> None:
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        results = planned_inside(*tensors(case))
+        results = planned_inside(*arrays_of(case))
     assert "flash_mla.plan_dense_decode.default" in seen
     assert "flash_mla.dense_decode.default" in seen
-    assert_same(results, left_out(*tensors(case)))
+    assert_same(results, left_out(*arrays_of(case)))
     seen.clear()
-    left_out(*tensors(case))
+    left_out(*arrays_of(case))
     assert not seen
 
 
 def test_make_fx_records_the_call(case: Case) -> None:
-    arrays = tensors(case)
+    arrays = arrays_of(case)
     traced = import_module("torch.fx.experimental.proxy_tensor").make_fx(left_out)(
         *(torch_module.zeros_like(x) for x in arrays)
     )
@@ -132,7 +122,7 @@ def test_make_fx_records_the_call(case: Case) -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_calls_once_for_each(case: Case) -> None:
-    q, *others = tensors(case)
+    q, *others = arrays_of(case)
     queries = torch_module.stack([q, q * 0.5])
     out, lse = torch_module.vmap(lambda q: left_out(q, *others))(queries)
     for index in range(2):

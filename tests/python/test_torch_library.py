@@ -13,15 +13,12 @@ import pytest
 from cases import Case, Spec, make_case
 from checks import same_bits
 from flash_mla import flash_mla_with_kvcache, get_mla_metadata, merge_states
+from ways import CPU_SPEC, Results, arrays_of, left_out, plan_for, planned_inside
 
 torch_module = pytest.importorskip("torch")
 
-CPU_SPEC = Spec(lengths=(0, 70, 129), seqlen_q=2, num_heads_q=6, num_heads_k=3, causal=True)
 GPU_SPEC = Spec(lengths=(700, 0, 64, 1500, 1), seqlen_q=2, num_heads_q=32, causal=True)
 DECODE = "flash_mla::dense_decode"
-
-Tensors = tuple[Any, Any, Any, Any]
-Results = tuple[Any, Any]
 WORKER_TIMEOUT = 300
 
 
@@ -39,24 +36,6 @@ def case(where: str) -> Case:
 @pytest.fixture(autouse=True)
 def forget_what_was_compiled() -> None:
     torch_module.compiler.reset()
-
-
-def tensors(case: Case) -> Tensors:
-    return case.q, case.k_cache, case.block_table, case.cache_seqlens
-
-
-def plan_for(q: Any, k_cache: Any, cache_seqlens: Any) -> Results:
-    return get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2] // k_cache.shape[2], k_cache.shape[2])
-
-
-def left_out(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Results:
-    return flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, 512, causal=True)
-
-
-def planned_inside(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Results:
-    return flash_mla_with_kvcache(
-        q, k_cache, block_table, cache_seqlens, 512, *plan_for(q, k_cache, cache_seqlens), causal=True
-    )
 
 
 def sched_meta_inside(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Results:
@@ -109,7 +88,7 @@ def assert_same(got: Results, expected: Results) -> None:
 
 @every_way
 def test_compiles_as_one_graph(case: Case, way: Callable[..., Results]) -> None:
-    assert_same(torch_module.compile(way, fullgraph=True)(*tensors(case)), way(*tensors(case)))
+    assert_same(torch_module.compile(way, fullgraph=True)(*arrays_of(case)), way(*arrays_of(case)))
 
 
 def test_compiles_with_a_given_plan(case: Case) -> None:
@@ -118,7 +97,7 @@ def test_compiles_with_a_given_plan(case: Case) -> None:
 
     plan = plan_for(case.q, case.k_cache, case.cache_seqlens)
     compiled = torch_module.compile(decode, fullgraph=True)
-    assert_same(compiled(*plan, *tensors(case)), decode(*plan, *tensors(case)))
+    assert_same(compiled(*plan, *arrays_of(case)), decode(*plan, *arrays_of(case)))
 
 
 def test_compiles_with_a_sched_meta_of_the_callers(case: Case) -> None:
@@ -128,11 +107,11 @@ def test_compiles_with_a_sched_meta_of_the_callers(case: Case) -> None:
         return flash_mla_with_kvcache(*arrays, 512, meta, None, causal=True)
 
     compiled = torch_module.compile(decode, fullgraph=True)
-    expected = left_out(*tensors(case))
+    expected = left_out(*arrays_of(case))
     for _ in range(2):
         meta, _ = get_mla_metadata()
         for _ in range(3):
-            assert_same(compiled(meta, *tensors(case)), expected)
+            assert_same(compiled(meta, *arrays_of(case)), expected)
             spec = case.spec
             assert meta.have_initialized
             assert meta.config == (spec.batch_size, spec.seqlen_q, spec.num_heads_q, spec.num_heads_k)
@@ -149,9 +128,9 @@ def test_compiled_calls_write_the_callers_results(case: Case, given: tuple[str, 
     def decode(own: dict[str, Any], *arrays: Any) -> Results:
         return flash_mla_with_kvcache(*arrays, 512, causal=True, **own)
 
-    expected = dict(zip(("out", "lse"), left_out(*tensors(case)), strict=True))
+    expected = dict(zip(("out", "lse"), left_out(*arrays_of(case)), strict=True))
     own = {name: torch_module.full_like(expected[name], float("nan")) for name in given}
-    results = torch_module.compile(decode, fullgraph=True)(own, *tensors(case))
+    results = torch_module.compile(decode, fullgraph=True)(own, *arrays_of(case))
     for name, result in zip(("out", "lse"), results, strict=True):
         assert same_bits(result, expected[name])
         if name in given:
@@ -164,21 +143,21 @@ def test_one_graph_serves_every_batch(where: str) -> None:
     compiled = torch_module.compile(planned_inside, fullgraph=True, dynamic=True, backend=counter)
     for batch_size in (4, 5, 7):
         spec = Spec(lengths=(70,) * batch_size, seqlen_q=2, num_heads_q=6, num_heads_k=3, spare_columns=19)
-        arrays = [x.clone() for x in tensors(make_case(spec, where))]
+        arrays = [x.clone() for x in arrays_of(make_case(spec, where))]
         assert_same(compiled(*arrays), planned_inside(*arrays))
     assert counter.frame_count == 1
 
 
 def test_compiled_under_inference_mode(case: Case) -> None:
     with torch_module.inference_mode():
-        results = torch_module.compile(left_out, fullgraph=True)(*tensors(case))
+        results = torch_module.compile(left_out, fullgraph=True)(*arrays_of(case))
         assert all(result.is_inference() for result in results)
-    assert_same(tuple(result.clone() for result in results), left_out(*tensors(case)))
+    assert_same(tuple(result.clone() for result in results), left_out(*arrays_of(case)))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_results_have_no_gradient(case: Case, compiled: bool) -> None:
-    q, *others = tensors(case)
+    q, *others = arrays_of(case)
     call = torch_module.compile(left_out, fullgraph=True) if compiled else left_out
     out, lse = call(q.clone().requires_grad_(), *others)
     assert not out.requires_grad
@@ -202,10 +181,12 @@ def test_the_first_call_of_a_process_is_a_compiled_one() -> None:
 import flash_mla
 assert "torch" not in sys.modules
 import torch
-from test_torch_library import CPU_SPEC, assert_same, left_out, make_case, planned_inside, tensors
+from cases import make_case
+from test_torch_library import assert_same
+from ways import CPU_SPEC, arrays_of, left_out, planned_inside
 case = make_case(CPU_SPEC, "cpu")
-got = torch.compile(planned_inside, fullgraph=True)(*tensors(case))
-assert_same(got, left_out(*tensors(case)))
+got = torch.compile(planned_inside, fullgraph=True)(*arrays_of(case))
+assert_same(got, left_out(*arrays_of(case)))
 """
     )
 
@@ -221,7 +202,7 @@ def test_operations_are_there_after_both_imports() -> None:
 @every_way
 def test_exports_with_any_batch(case: Case, way: Callable[..., Results], strict: bool) -> None:
     batch = torch_module.export.Dim("batch")
-    q, k_cache, block_table, cache_seqlens = tensors(case)
+    q, k_cache, block_table, cache_seqlens = arrays_of(case)
     program = torch_module.export.export(
         Layer(way),
         (q, k_cache, block_table, cache_seqlens),
@@ -236,9 +217,9 @@ def test_exports_with_any_batch(case: Case, way: Callable[..., Results], strict:
 
 def test_a_saved_program_runs_in_another_process(tmp_path: Path) -> None:
     case = make_case(CPU_SPEC, "cpu")
-    program = torch_module.export.export(Layer(planned_inside), tensors(case))
+    program = torch_module.export.export(Layer(planned_inside), arrays_of(case))
     torch_module.export.save(program, tmp_path / "layer.pt2")
-    torch_module.save((*tensors(case), *left_out(*tensors(case))), tmp_path / "tensors.pt")
+    torch_module.save((*arrays_of(case), *left_out(*arrays_of(case))), tmp_path / "tensors.pt")
     run_in_a_process_of_its_own(
         """
 import torch, flash_mla
@@ -257,12 +238,12 @@ assert torch.equal(got_out, out) and torch.equal(got_lse, lse)
 
 def operation_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     plan = plan_for(case.q, case.k_cache, case.cache_seqlens)
-    out, lse = left_out(*tensors(case))
+    out, lse = left_out(*arrays_of(case))
     num_q_tokens = case.num_q_tokens_per_head_k
     return {
-        "dense_decode": (*tensors(case), None, None, 0.04, True),
-        "dense_decode with a plan": (*tensors(case), *plan, 0.04, False),
-        "dense_decode_into": (*tensors(case), None, None, 0.04, True, out, lse),
+        "dense_decode": (*arrays_of(case), None, None, 0.04, True),
+        "dense_decode with a plan": (*arrays_of(case), *plan, 0.04, False),
+        "dense_decode_into": (*arrays_of(case), None, None, 0.04, True, out, lse),
         "plan_dense_decode": (case.cache_seqlens, num_q_tokens, case.spec.num_heads_k),
         "merge_states": ([out, out * 2], [lse, lse + 1]),
         "merge_states_into": ([out, out * 2], [lse, lse + 1], out.float(), lse.clone()),
@@ -309,15 +290,15 @@ def test_cuda_graph_trees(torch: Any, way: Callable[..., Results]) -> None:
 @every_way
 def test_compiled_calls_run_on_the_current_stream(torch: Any, way: Callable[..., Results]) -> None:
     case = make_case(GPU_SPEC, "cuda")
-    expected = way(*tensors(case))
+    expected = way(*arrays_of(case))
     compiled = torch.compile(way, fullgraph=True)
-    compiled(*tensors(case))
+    compiled(*arrays_of(case))
     q = torch.zeros_like(case.q)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
         q.copy_(case.q)
-        out, lse = compiled(q, *tensors(case)[1:])
+        out, lse = compiled(q, *arrays_of(case)[1:])
         q.zero_()
         results = out.clone(), lse.clone()
     torch.cuda.synchronize()
@@ -330,7 +311,7 @@ def test_compiled_calls_on_another_device(torch: Any) -> None:
         pytest.skip("needs two GPUs")
     case = make_case(GPU_SPEC, "cuda:1")
     for way in (left_out, planned_inside):
-        results = torch.compile(way, fullgraph=True)(*tensors(case))
+        results = torch.compile(way, fullgraph=True)(*arrays_of(case))
         assert all(result.device.index == 1 for result in results)
-        assert_same(results, way(*tensors(case)))
+        assert_same(results, way(*arrays_of(case)))
     assert torch.cuda.current_device() == 0

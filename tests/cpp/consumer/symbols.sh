@@ -19,5 +19,5 @@ for name in flash_mla_dense_decode '_ZN9flash_mla12dense_decodeE' '_ZTIN9flash_m
 done
 foreign=$(echo "$symbols" | grep -v -E '^(flash_mla_|_Z(T[ISV])?N9flash_mla)' || true)
 [ -z "$foreign" ] || fail "shows what is not the library's: $foreign"
-internal=$(echo "$symbols" | grep -E '^_ZN9flash_mla(3cpu|4cuda|9scheduler|18check_dense_decode)' || true)
+internal=$(echo "$symbols" | grep -E '^_ZN9flash_mla(3cpu|4cuda|6checks|7combine|9scheduler|18check_dense_decode)' || true)
 [ -z "$internal" ] || fail "shows what is internal: $internal"
