@@ -53,7 +53,7 @@ class Consumer {
     int own = warpgroup_;
     if (warpgroup_ == 0) {  // nothing precedes the first block
       ptx::wgmma_fence();
-      issue_qk();
+      issue_qk<false>();
       ptx::wgmma_wait<0>();
       release(0, Traits::kRopePair);
       soften(own);
@@ -63,9 +63,10 @@ class Consumer {
     }
 #pragma unroll 1
     for (; own < num_blocks; own += Traits::kNumConsumers) {
-      take_over();
+      take_state();
       ptx::wgmma_fence();
-      issue_qk();
+      issue_qk<true>();
+      ptx::wgmma_fence();
       issue_pv(p_other_, 1 - warpgroup_);
       ptx::wgmma_wait<2>();
       release(warpgroup_, Traits::kRopePair);
@@ -77,7 +78,8 @@ class Consumer {
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
     const bool owns_last = (num_blocks - 1) % Traits::kNumConsumers == warpgroup_;
     if (!owns_last) {
-      take_over();
+      take_state();
+      take_p();
       give_sums();
       ptx::wgmma_fence();
       issue_pv(p_other_, 1 - warpgroup_);
@@ -96,17 +98,19 @@ class Consumer {
 
   /// S = Q K^T of the own buffer's block, RoPE first, then in the order in which the producer fills it: the V columns
   /// of this warpgroup, then those of the other.
+  template <bool kTakesP>
   __device__ __forceinline__ void issue_qk() {
     constexpr int kHalfChunks = Traits::kNumVChunks / 2;
     const std::uint32_t k = kv_ + warpgroup_ * Traits::kTileBytes;
-    issue_qk<1>(k, Traits::kRopeChunk, false);
-    issue_qk<kHalfChunks>(k, warpgroup_ * kHalfChunks, true);
-    issue_qk<kHalfChunks>(k, (1 - warpgroup_) * kHalfChunks, true);
+    issue_qk_chunks<1>(k, Traits::kRopeChunk, false);
+    if constexpr (kTakesP) take_p();  // while the tensor cores have begun
+    issue_qk_chunks<kHalfChunks>(k, warpgroup_ * kHalfChunks, true);
+    issue_qk_chunks<kHalfChunks>(k, (1 - warpgroup_) * kHalfChunks, true);
     ptx::wgmma_commit();
     kv_phase_ ^= 1;
   }
   template <int kChunks>
-  __device__ __forceinline__ void issue_qk(std::uint32_t k_tile, int first_chunk, bool accumulate) {
+  __device__ __forceinline__ void issue_qk_chunks(std::uint32_t k_tile, int first_chunk, bool accumulate) {
     std::uint32_t full = kv_full_ + first_chunk * sizeof(std::uint64_t);
     ptx::launder(full);
     const ptx::SwizzledOperand<16> q(q_ + first_chunk * Traits::kChunkBytes);
@@ -189,19 +193,22 @@ class Consumer {
     signal_other();
   }
 
-  /// Takes the other's P and state, and brings O and the own sums to its maximum.
-  __device__ __forceinline__ void take_over() {
+  /// Takes the other's state, and brings O and the own sums to its maximum.
+  __device__ __forceinline__ void take_state() {
     wait_for_other();
     float scale[2];
     load_state(scale[0], row_max[0], scale[1], row_max[1]);
+    row_sum[0] *= scale[0];
+    row_sum[1] *= scale[1];
+    rescale_o(scale[0], scale[1]);
+  }
+  /// Takes the other's P.
+  __device__ __forceinline__ void take_p() {
 #pragma unroll
     for (int i = 0; i < Exchange::kPVectors; ++i) {
       ptx::load_shared_v4(exchange_ + i * kExchangeStep, p_other_[4 * i], p_other_[4 * i + 1], p_other_[4 * i + 2],
                           p_other_[4 * i + 3]);
     }
-    row_sum[0] *= scale[0];
-    row_sum[1] *= scale[1];
-    rescale_o(scale[0], scale[1]);
   }
 
   /// The end of a piece: the last block's taker, who may write the slot, gives its sums, and gets the totals back.
