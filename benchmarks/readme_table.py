@@ -16,6 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
+YARDSTICK_BESIDE_FLASHMLA = (531, 655)  # what skew_skeleton gave on FlashMLA's GPU: TFLOP/s hot, cold
 
 
 def main() -> None:
@@ -57,9 +58,21 @@ def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
         f"{decode['ceilings']['hbm_tbps']:.2f} TB/s and {decode['ceilings']['mma_tflops']:.0f} TFLOP/s.",
         f"The last column is the speed relative to {decode['reference']}.",
     ]
+    if decode.get("skeleton"):
+        hot, cold = (decode["skeleton"][0][how] for how in ("hot", "cold"))
+        lines.append(
+            f"GPUs differ: a fixed yardstick at 128 heads gave {hot:.0f} TFLOP/s ({cold:.0f}) in this run, "
+            f"{YARDSTICK_BESIDE_FLASHMLA[0]} ({YARDSTICK_BESIDE_FLASHMLA[1]}) beside FlashMLA."
+        )
     if host is not None:
-        given, left_out = (host["calls"][f"metadata {how}"]["median_us"] for how in ("given", "left out"))
-        lines.append(f"A call costs the host {given:.1f} us with the plan given, {left_out:.1f} us with it left out.")
+        given, left_out, empty = (
+            host["calls"][name]["median_us"]
+            for name in ("metadata given", "metadata left out", "torch.empty_like, for comparison")
+        )
+        lines.append(
+            f"A call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
+            f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
+        )
     return "\n".join(lines)
 
 

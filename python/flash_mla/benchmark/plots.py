@@ -122,10 +122,10 @@ def _draw_roofs(axes: Any, ceilings: dict[str, Any], left: float, right: float) 
         axes.annotate(
             f"tensor cores, MLA's MMAs, {kind}: {tflops:.0f} TFLOP/s",
             (right, tflops),
-            xytext=(-6, 3),
+            xytext=(-6, -4 if kind == "hot" else 3),  # hot is the lower line
             textcoords="offset points",
             ha="right",
-            va="bottom",
+            va="top" if kind == "hot" else "bottom",
             color=colour,
             fontsize=9,
         )
