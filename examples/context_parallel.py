@@ -20,9 +20,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import flash_mla
 import torch
 import torch.distributed as dist
 from flash_mla import flash_mla_with_kvcache, merge_states
@@ -370,7 +372,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
     shape = {key: value for key, value in vars(options).items() if key not in ("json", "in_turn", "exchange")}
     name = torch.cuda.get_device_name(device) if has_gpu else "CPU"
-    report = {"device": name, **shape, **result}
+    report = {
+        "kind": "context_parallel",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": flash_mla.__version__,
+        "torch": torch.__version__,
+        "device": name,
+        **shape,
+        **result,
+    }
     if is_first:
         print_report(report)
         if options.json is not None:
