@@ -1,8 +1,8 @@
 #pragma once
 
 // The library for C, and for languages that call C: Rust, Go, Python's ctypes. C99 or newer, or C++. What arguments
-// mean and which shapes they take is said in dense_decode.h and plan.h, whose functions have the same names. No
-// exception leaves these functions; all may be called from any thread.
+// mean and which shapes they take is said in dense_decode.h, plan.h and merge_states.h, whose functions have the same
+// names. No exception leaves these functions; all may be called from any thread.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -27,8 +27,8 @@ typedef enum flash_mla_status {
   FLASH_MLA_INTERNAL_ERROR = 6     ///< anything else
 } flash_mla_status;
 
-/// Values of flash_mla_tensor.dtype. The library computes on the first two; the others exist so that an error can name
-/// them.
+/// Values of flash_mla_tensor.dtype. The library computes on the first three; the others exist so that an error can
+/// name them.
 typedef enum flash_mla_dtype {
   FLASH_MLA_BFLOAT16 = 0,
   FLASH_MLA_FLOAT16 = 1,
@@ -77,6 +77,16 @@ typedef struct flash_mla_dense_decode_arguments {
   int32_t causal;       ///< 0: a query sees all keys; else bottom-right
 } flash_mla_dense_decode_arguments;
 
+/// Arguments of a merge, as merge_states.h describes them. Zero the struct, then set struct_size.
+typedef struct flash_mla_merge_states_arguments {
+  size_t struct_size;            ///< sizeof(flash_mla_merge_states_arguments): may grow at the end, too
+  const flash_mla_tensor* outs;  ///< num_states tensors; the list itself may go when the call returns
+  const flash_mla_tensor* lses;  ///< the same
+  int64_t num_states;            ///< 1 to 128
+  flash_mla_tensor out;
+  flash_mla_tensor lse;
+} flash_mla_merge_states_arguments;
+
 /// The library's version: "major.minor.patch".
 FLASH_MLA_API const char* flash_mla_version(void);
 
@@ -108,9 +118,19 @@ FLASH_MLA_API flash_mla_status flash_mla_plan_dense_decode(const flash_mla_tenso
 FLASH_MLA_API flash_mla_status flash_mla_dense_decode_workspace_size(const flash_mla_dense_decode_arguments* arguments,
                                                                      size_t* bytes);
 
+/// The same for memory that is laid out before there is a device to ask: bytes that suffice on every GPU.
+/// @param bytes  out
+FLASH_MLA_API flash_mla_status
+flash_mla_dense_decode_max_workspace_size(const flash_mla_dense_decode_arguments* arguments, size_t* bytes);
+
 /// Runs dense decode: on a GPU ordered on `stream`, without waiting; on the CPU done on return. See dense_decode.h.
 FLASH_MLA_API flash_mla_status flash_mla_dense_decode(const flash_mla_dense_decode_arguments* arguments,
                                                       void* workspace, size_t workspace_bytes,
+                                                      struct CUstream_st* stream);
+
+/// Merges results of attention over parts of the keys: on a GPU ordered on `stream`, without waiting nor workspace; on
+/// the CPU done on return. See merge_states.h.
+FLASH_MLA_API flash_mla_status flash_mla_merge_states(const flash_mla_merge_states_arguments* arguments,
                                                       struct CUstream_st* stream);
 
 #ifdef __cplusplus

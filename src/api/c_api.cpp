@@ -1,6 +1,7 @@
 #include "flash_mla/c_api.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +16,7 @@
 namespace flash_mla {
 namespace {
 
+using checks::Argument;
 using checks::fail;
 
 static_assert(FLASH_MLA_BFLOAT16 == static_cast<int>(DType::kBFloat16));
@@ -77,25 +79,27 @@ T& require(const char* name, T* pointer) {
   return *pointer;
 }
 
-void check_rank(const char* name, std::int32_t rank) {
-  if (rank < 0 || rank > kMaxRank) fail(name, "rank 0 to " + std::to_string(kMaxRank), std::to_string(rank));
+void check_rank(Argument arg, std::int32_t rank) {
+  if (rank < 0 || rank > kMaxRank) fail(arg, "rank 0 to " + std::to_string(kMaxRank), std::to_string(rank));
 }
 
-Device to_device(const char* name, std::int32_t type, std::int32_t index) {
+Device to_device(Argument arg, std::int32_t type, std::int32_t index) {
   if (type != FLASH_MLA_CPU && type != FLASH_MLA_CUDA) {
-    fail(name, "device_type 0 (CPU) or 1 (CUDA)", std::to_string(type));
+    fail(arg, "device_type 0 (CPU) or 1 (CUDA)", std::to_string(type));
   }
   return {type == FLASH_MLA_CPU ? DeviceType::kCpu : DeviceType::kCuda, index};
 }
 
-Tensor to_tensor(const char* name, const flash_mla_tensor& from) {
+/// @param index  where the tensor is one of a list
+Tensor to_tensor(const char* name, const flash_mla_tensor& from, std::int64_t index = -1) {
   Tensor tensor;
   if (from.rank == 0) return tensor;
-  check_rank(name, from.rank);
+  const Argument arg{name, tensor, index};
+  check_rank(arg, from.rank);
   tensor.data = from.data;
   const bool is_known = from.dtype >= 0 && from.dtype <= FLASH_MLA_OTHER;
   tensor.dtype = is_known ? static_cast<DType>(from.dtype) : DType::kOther;
-  tensor.device = to_device(name, from.device_type, from.device_index);
+  tensor.device = to_device(arg, from.device_type, from.device_index);
   tensor.rank = from.rank;
   std::copy_n(from.shape, kMaxRank, tensor.shape.begin());
   std::copy_n(from.strides, kMaxRank, tensor.strides.begin());
@@ -104,13 +108,14 @@ Tensor to_tensor(const char* name, const flash_mla_tensor& from) {
 
 /// A copy of the caller's struct, whose header may be older or newer than this library: fields that the caller does not
 /// have yet are 0, and fields that the library does not know must be.
-flash_mla_dense_decode_arguments read(const flash_mla_dense_decode_arguments* arguments) {
-  constexpr std::size_t kFirstSize = offsetof(flash_mla_dense_decode_arguments, causal) + sizeof(std::int32_t);
+/// @param first_size  of the struct in the first version that had it
+template <class Arguments>
+Arguments read(const Arguments* arguments, std::size_t first_size) {
   const std::size_t size = require("arguments", arguments).struct_size;
-  if (size < kFirstSize) {
-    fail("arguments", "struct_size of at least " + std::to_string(kFirstSize), std::to_string(size));
+  if (size < first_size) {
+    fail("arguments", "struct_size of at least " + std::to_string(first_size), std::to_string(size));
   }
-  flash_mla_dense_decode_arguments known{};
+  Arguments known{};
   std::memcpy(&known, arguments, std::min(size, sizeof(known)));
   const auto* const bytes = reinterpret_cast<const unsigned char*>(arguments);
   if (size > sizeof(known) &&
@@ -122,7 +127,8 @@ flash_mla_dense_decode_arguments read(const flash_mla_dense_decode_arguments* ar
 }
 
 DenseDecodeArguments to_arguments(const flash_mla_dense_decode_arguments* arguments) {
-  const flash_mla_dense_decode_arguments from = read(arguments);
+  constexpr std::size_t kFirstSize = offsetof(flash_mla_dense_decode_arguments, causal) + sizeof(std::int32_t);
+  const flash_mla_dense_decode_arguments from = read(arguments, kFirstSize);
   DenseDecodeArguments args;
   args.q = to_tensor("q", from.q);
   args.k_cache = to_tensor("k_cache", from.k_cache);
@@ -135,6 +141,31 @@ DenseDecodeArguments to_arguments(const flash_mla_dense_decode_arguments* argume
   args.softmax_scale = from.softmax_scale == 0.0F ? kDefaultSoftmaxScale : from.softmax_scale;
   args.causal = from.causal != 0;
   return args;
+}
+
+/// A list of tensors, on the stack: a call allocates nothing.
+using States = std::array<Tensor, kMaxMergeStates>;
+
+/// Reads a list into `to`, unless merge_states refuses it for its length.
+/// @return what merge_states is to be given
+const Tensor* to_tensors(const char* name, const flash_mla_tensor* from, std::int64_t num_states, States& to) {
+  if (from == nullptr) return nullptr;
+  const std::int64_t num_read = num_states <= kMaxMergeStates ? num_states : 0;
+  for (std::int64_t i = 0; i < num_read; ++i) to[i] = to_tensor(name, from[i], i);
+  return to.data();
+}
+
+void merge(const flash_mla_merge_states_arguments* arguments, CUstream_st* stream) {
+  constexpr std::size_t kFirstSize = offsetof(flash_mla_merge_states_arguments, lse) + sizeof(flash_mla_tensor);
+  const flash_mla_merge_states_arguments from = read(arguments, kFirstSize);
+  States outs, lses;
+  MergeStatesArguments args;
+  args.outs = to_tensors("outs", from.outs, from.num_states, outs);
+  args.lses = to_tensors("lses", from.lses, from.num_states, lses);
+  args.num_states = from.num_states;
+  args.out = to_tensor("out", from.out);
+  args.lse = to_tensor("lse", from.lse);
+  merge_states(args, stream);
 }
 
 }  // namespace
@@ -151,7 +182,7 @@ std::int32_t flash_mla_last_cuda_error() { return fm::last_error.cuda_error; }
 flash_mla_status flash_mla_set_contiguous_strides(flash_mla_tensor* tensor) {
   return fm::guarded([&] {
     flash_mla_tensor& t = fm::require("tensor", tensor);
-    fm::check_rank("tensor", t.rank);
+    fm::check_rank({"tensor", {}}, t.rank);
     std::int64_t stride = 1;
     for (int i = t.rank - 1; i >= 0; --i) {
       t.strides[i] = stride;
@@ -169,7 +200,7 @@ flash_mla_status flash_mla_dense_decode_num_sm_parts(std::int64_t num_q_tokens_p
   return fm::guarded([&] {
     std::int64_t& result = fm::require("num_sm_parts", num_sm_parts);
     result = fm::dense_decode_num_sm_parts(num_q_tokens_per_head_k, num_heads_k,
-                                           fm::to_device("device", device_type, device_index));
+                                           fm::to_device({"device", {}}, device_type, device_index));
   });
 }
 
@@ -193,7 +224,19 @@ flash_mla_status flash_mla_dense_decode_workspace_size(const flash_mla_dense_dec
   });
 }
 
+flash_mla_status flash_mla_dense_decode_max_workspace_size(const flash_mla_dense_decode_arguments* arguments,
+                                                           std::size_t* bytes) {
+  return fm::guarded([&] {
+    std::size_t& result = fm::require("bytes", bytes);
+    result = fm::dense_decode_max_workspace_size(fm::to_arguments(arguments));
+  });
+}
+
 flash_mla_status flash_mla_dense_decode(const flash_mla_dense_decode_arguments* arguments, void* workspace,
                                         std::size_t workspace_bytes, CUstream_st* stream) {
   return fm::guarded([&] { fm::dense_decode(fm::to_arguments(arguments), workspace, workspace_bytes, stream); });
+}
+
+flash_mla_status flash_mla_merge_states(const flash_mla_merge_states_arguments* arguments, CUstream_st* stream) {
+  return fm::guarded([&] { fm::merge(arguments, stream); });
 }

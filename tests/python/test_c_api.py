@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from cases import HEAD_DIM_V, Case, Spec, make_case
 from checks import decode, same_bits
-from flash_mla import __version__, installed
+from flash_mla import __version__, installed, merge_states
+from merges import DTYPES as MERGE_DTYPES
+from merges import Merge, assert_merged, make_states, reference
 from oracle import assert_close, decode_reference
 
 OK, INVALID_ARGUMENT, INVALID_TYPE, UNSUPPORTED, CUDA_ERROR = range(5)
@@ -40,6 +42,17 @@ class Arguments(ctypes.Structure):
     )
 
 
+class MergeArguments(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("outs", ctypes.POINTER(Tensor)),
+        ("lses", ctypes.POINTER(Tensor)),
+        ("num_states", ctypes.c_int64),
+        ("out", Tensor),
+        ("lse", Tensor),
+    )
+
+
 @pytest.fixture(scope="module")
 def library() -> Any:
     loaded = ctypes.CDLL(str(installed.library_dir() / "libflash_mla.so"))
@@ -53,7 +66,9 @@ def library() -> Any:
     )
     loaded.flash_mla_plan_dense_decode.argtypes = (tensor, tensor, tensor, ctypes.c_void_p)
     loaded.flash_mla_dense_decode_workspace_size.argtypes = (arguments, ctypes.POINTER(size))
+    loaded.flash_mla_dense_decode_max_workspace_size.argtypes = (arguments, ctypes.POINTER(size))
     loaded.flash_mla_dense_decode.argtypes = (arguments, ctypes.c_void_p, size, ctypes.c_void_p)
+    loaded.flash_mla_merge_states.argtypes = (ctypes.POINTER(MergeArguments), ctypes.c_void_p)
     return loaded
 
 
@@ -87,6 +102,27 @@ def new_results(case: Case) -> tuple[Any, Any]:
         return np.full(shapes[0], np.nan, case.q.dtype), np.full(shapes[1], np.nan, np.float32)
     out = case.q.new_full(shapes[0], float("nan"))
     return out, case.q.float().new_full(shapes[1], float("nan"))
+
+
+def make_merge(outs: Any, lses: Any, out: Any, lse: Any) -> MergeArguments:
+    """`outs` and `lses`: the states' arrays, as lists or stacked."""
+    tensors = Tensor * len(outs)
+    return MergeArguments(
+        ctypes.sizeof(MergeArguments),
+        tensors(*map(describe, outs)),
+        tensors(*map(describe, lses)),
+        len(outs),
+        describe(out),
+        describe(lse),
+    )
+
+
+def new_merged(outs: Any, lses: Any, out_dtype: Any) -> tuple[Any, Any]:
+    """Results of the first state's shapes, NaN."""
+    if isinstance(lses[0], np.ndarray):
+        return np.full(outs[0].shape, np.nan, out_dtype), np.full(lses[0].shape, np.nan, np.float32)
+    nan = float("nan")
+    return outs[0].new_full(outs[0].shape, nan, dtype=out_dtype), lses[0].new_full(lses[0].shape, nan)
 
 
 def last_error(library: Any) -> str:
@@ -182,6 +218,76 @@ def test_struct_size_left_out(library: Any, on_cpu: tuple[Case, Any, Any, Argume
     assert last_error(library) == f"arguments: expected struct_size of at least {size}, got 0"
 
 
+@pytest.mark.parametrize("dtype", MERGE_DTYPES)
+@pytest.mark.parametrize("layout", ["stacked", "strided", "list of strided"])
+@pytest.mark.parametrize("widen", [False, True])
+def test_merges_as_the_package_does(library: Any, dtype: str, layout: str, widen: bool) -> None:
+    spec = Merge(5, 3, 2, 4, dtype, layout=layout, lse_layout=layout)
+    outs, lses = make_states(spec, None)
+    out, lse = new_merged(outs, lses, np.float32 if widen else outs[0].dtype)
+    assert library.flash_mla_merge_states(make_merge(outs, lses, out, lse), None) == OK, last_error(library)
+    assert_merged(spec, out, lse, reference(outs, lses), "float32" if widen else dtype)
+    for ours, packages in zip((out, lse), merge_states(outs, lses, out=np.empty_like(out)), strict=True):
+        assert same_bits(ours, packages)
+
+
+@pytest.mark.parametrize("num_states", [0, 129])
+def test_number_of_states(library: Any, num_states: int) -> None:
+    outs, lses = make_states(Merge(2), None)
+    out, lse = new_merged(outs, lses, outs.dtype)
+    arguments = make_merge(outs, lses, out, lse)
+    arguments.num_states = num_states
+    assert library.flash_mla_merge_states(arguments, None) == INVALID_ARGUMENT
+    assert last_error(library) == f"outs: expected 1 to 128 states, got {num_states}"
+    arguments.struct_size = 0
+    assert library.flash_mla_merge_states(arguments, None) == INVALID_ARGUMENT
+    size = ctypes.sizeof(MergeArguments)
+    assert last_error(library) == f"arguments: expected struct_size of at least {size}, got 0"
+    assert np.isnan(lse).all()
+
+
+def test_errors_name_the_state(library: Any) -> None:
+    outs, lses = make_states(Merge(3), None)
+    out, lse = new_merged(outs, lses, outs.dtype)
+    wrong = [*lses[:2], lses[2].astype(np.float64)]
+    assert library.flash_mla_merge_states(make_merge(outs, wrong, out, lse), None) == INVALID_TYPE
+    assert last_error(library) == "lses[2]: expected dtype float32, got float64"
+    assert np.isnan(lse).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", MERGE_DTYPES)
+@pytest.mark.parametrize("num_states", [1, 8, 128])
+def test_merges_tensors_of_the_gpu(library: Any, torch: Any, dtype: str, num_states: int) -> None:
+    """On a stream of its own, on which the states are written too; then captured in a graph."""
+    spec = Merge(num_states, 3, 2, 16, dtype, layout="list of strided", lse_layout="strided")
+    outs, lses = make_states(spec, "cuda")
+    expected = reference(outs, lses)
+    out, lse = new_merged(outs, lses, outs[0].dtype)
+    given = [torch.full_like(state, float("nan")) for state in outs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for late, state in zip(given, outs, strict=True):
+            late.copy_(state)
+        arguments = make_merge(given, lses, out, lse)
+        assert library.flash_mla_merge_states(arguments, stream.cuda_stream) == OK, last_error(library)
+    stream.synchronize()
+    assert_merged(spec, out, lse, expected, dtype)
+    for ours, packages in zip((out, lse), merge_states(outs, lses), strict=True):
+        assert same_bits(ours, packages)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        current = torch.cuda.current_stream().cuda_stream
+        assert library.flash_mla_merge_states(arguments, current) == OK, last_error(library)
+    lses += 1.0
+    out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_merged(spec, out, lse, reference(outs, lses), dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("planned", [False, True])
 def test_decodes_tensors_of_the_gpu(library: Any, torch: Any, planned: bool) -> None:
@@ -241,4 +347,7 @@ def allocate_workspace(library: Any, torch: Any, arguments: Arguments) -> Any:
     size = ctypes.c_size_t()
     assert library.flash_mla_dense_decode_workspace_size(arguments, size) == OK, last_error(library)
     assert size.value > 0
+    enough = ctypes.c_size_t()
+    assert library.flash_mla_dense_decode_max_workspace_size(arguments, enough) == OK, last_error(library)
+    assert size.value <= enough.value
     return torch.empty(size.value, dtype=torch.uint8, device="cuda")

@@ -1,5 +1,5 @@
-// Decodes a small batch in CPU memory through the C interface, and compares with attention written out in double. Then
-// makes mistakes, and reads what the library says. C99.
+// Decodes a small batch in CPU memory through the C interface, and compares with attention written out in double: in
+// one piece, and merged from two. Then makes mistakes, and reads what the library says. C99.
 
 #include <math.h>
 #include <stdio.h>
@@ -113,15 +113,56 @@ static void check_row(int b, int h) {
   }
 }
 
+static void check_rows(void) {
+  for (int b = 0; b < BATCH; ++b) {
+    for (int h = 0; h < HEADS; ++h) check_row(b, h);
+  }
+}
+
 static void check_results(void) {
   const flash_mla_dense_decode_arguments args = make_arguments();
   size_t bytes = 1;
   memset(out, 0xff, sizeof(out));  // NaN
   expect(flash_mla_dense_decode_workspace_size(&args, &bytes) == FLASH_MLA_OK && bytes == 0, "the CPU's workspace");
+  expect(flash_mla_dense_decode_max_workspace_size(&args, &bytes) == FLASH_MLA_OK && bytes > 0, "a GPU's workspace");
   expect(flash_mla_dense_decode(&args, NULL, 0, NULL) == FLASH_MLA_OK, "a decode on the CPU");
-  for (int b = 0; b < BATCH; ++b) {
-    for (int h = 0; h < HEADS; ++h) check_row(b, h);
+  check_rows();
+}
+
+/// Two devices' work: one has each request's first page, the other has the rest, which is nothing for two requests.
+static void check_merge(void) {
+  static uint16_t part_out[2][BATCH][HEADS][DIM_V];
+  static float part_lse[2][BATCH][HEADS];
+  int32_t part_seqlens[2][BATCH];
+  flash_mla_tensor outs[2], lses[2];
+  flash_mla_merge_states_arguments merge = {0};
+  for (int part = 0; part < 2; ++part) {
+    flash_mla_dense_decode_arguments args = make_arguments();
+    for (int b = 0; b < BATCH; ++b) {
+      const int32_t first = kSeqlens[b] < PAGE_SIZE ? kSeqlens[b] : PAGE_SIZE;
+      part_seqlens[part][b] = part == 0 ? first : kSeqlens[b] - first;
+    }
+    args.block_table = tensor(&block_table[0][part], FLASH_MLA_INT32, 2, BATCH, part == 0 ? 1 : MAX_PAGES - 1, 0, 0);
+    args.block_table.strides[0] = MAX_PAGES;
+    args.cache_seqlens = tensor(part_seqlens[part], FLASH_MLA_INT32, 1, BATCH, 0, 0, 0);
+    args.out = outs[part] = tensor(part_out[part], FLASH_MLA_BFLOAT16, 4, BATCH, 1, HEADS, DIM_V);
+    args.lse = lses[part] = tensor(part_lse[part], FLASH_MLA_FLOAT32, 3, BATCH, HEADS, 1, 0);
+    expect(flash_mla_dense_decode(&args, NULL, 0, NULL) == FLASH_MLA_OK, "a decode of some of the tokens");
   }
+  merge.struct_size = sizeof(merge);
+  merge.outs = outs;
+  merge.lses = lses;
+  merge.num_states = 2;
+  merge.out = make_arguments().out;
+  merge.lse = make_arguments().lse;
+  memset(out, 0xff, sizeof(out));  // NaN
+  memset(lse, 0xff, sizeof(lse));
+  expect(flash_mla_merge_states(&merge, NULL) == FLASH_MLA_OK, "a merge on the CPU");
+  check_rows();
+
+  lses[1].dtype = FLASH_MLA_BFLOAT16;
+  expect(flash_mla_merge_states(&merge, NULL) == FLASH_MLA_INVALID_TYPE, "a wrong dtype of a state");
+  expect(strcmp(flash_mla_last_error(), "lses[1]: expected dtype float32, got bfloat16") == 0, "its name");
 }
 
 static void check_plan(void) {
@@ -152,6 +193,7 @@ int main(void) {
   expect(strlen(flash_mla_last_error()) == 0, "no error at the start");
   expect(strchr(flash_mla_version(), '.') != NULL, "a version with a dot");
   check_results();
+  check_merge();
   check_plan();
   check_errors();
   printf("flash_mla %s from C: %d failures\n", flash_mla_version(), failures);

@@ -14,7 +14,7 @@ readelf -d "$library" | grep -q "SONAME.*\[$soname\]" || fail "its soname is not
 [ -e "$(dirname "$library")/$soname" ] || fail "no $soname beside it"
 
 symbols=$(nm -D --defined-only "$library" | awk '{ print $3 }')
-for name in flash_mla_dense_decode '_ZN9flash_mla12dense_decodeE' '_ZTIN9flash_mla11UnsupportedE'; do
+for name in flash_mla_dense_decode flash_mla_merge_states '_ZN9flash_mla12dense_decodeE' '_ZTIN9flash_mla11UnsupportedE'; do
   echo "$symbols" | grep -q "^$name" || fail "does not show $name"
 done
 foreign=$(echo "$symbols" | grep -v -E '^(flash_mla_|_Z(T[ISV])?N9flash_mla)' || true)
