@@ -20,7 +20,7 @@ struct PlanArguments {
 /// Plans on the calling thread, on host memory.
 void plan_on_host(const PlanArguments& args);
 
-/// Plans on the device: one CTA, ordered on `stream`.
+/// Plans on the device, ordered on `stream`: by one CTA, or, where plans_within_a_warp, by a warp for each part.
 void plan_on_device(const PlanArguments& args, CUstream_st* stream);
 
 }  // namespace flash_mla::scheduler

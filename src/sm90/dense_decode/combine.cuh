@@ -65,18 +65,18 @@ class Combine {
     int first = kNumUnits * slice / n;
 #pragma unroll 1
     for (; first < end; first += max_count) {
-      const Batch batch(first, min(max_count, end - first));
-      load_sums(split, batch);
+      const Load load(first, min(max_count, end - first));
+      load_sums(split, load);
       ptx::async_copy_commit();
-      load_values(split, batch);
+      load_values(split, load);
       ptx::async_copy_commit();
       ptx::async_copy_wait<1>();
       sync();
-      weigh(split, batch);  // while the values are on their way
+      weigh(split, load);  // while the values are on their way
       ptx::async_copy_wait<0>();
       sync();
 #pragma unroll 1
-      for (int i = warp(); i < batch.count; i += Traits::kConsumerWarps) merge_unit(split, batch, i);
+      for (int i = warp(); i < load.count; i += Traits::kConsumerWarps) merge_unit(split, load, i);
       sync();  // before shared memory is filled again
     }
   }
@@ -84,19 +84,19 @@ class Combine {
  private:
   /// What shared memory holds of a slice at a time: `count` units of each piece, and all that belongs to the rows that
   /// they lie in.
-  struct Batch {
+  struct Load {
     int first;
     int count;
     int first_row;
     int num_rows;  // a power of two
 
-    __device__ Batch(int first_unit, int num_units) : first(first_unit), count(num_units) {
+    __device__ Load(int first_unit, int num_units) : first(first_unit), count(num_units) {
       const int row = Traits::first_row(first / Traits::kQuadsPerThread);
       const bool is_one_warp = first / Traits::kQuadsPerThread == (first + count - 1) / Traits::kQuadsPerThread;
       first_row = is_one_warp ? row : 0;
       num_rows = is_one_warp ? Traits::kWarpRows : Traits::kRows;
     }
-    /// Whether this is the batch that writes the row's log-sum-exp: the one with its first column.
+    /// Whether this is the load that writes the row's log-sum-exp: the one with its first column.
     __device__ bool writes_lse_of(int row) const {
       const int unit = row / Traits::kWarpRows * Traits::kQuadsPerThread;
       return first <= unit && unit < first + count;
@@ -106,12 +106,11 @@ class Combine {
   // In shared memory: for each row where its result goes and what its values are multiplied with; sums of each row of
   // each piece, whose x becomes the piece's weight; units of each piece.
   __device__ std::uint32_t result_at(int row) const { return shared_ + row * static_cast<int>(sizeof(float4)); }
-  __device__ std::uint32_t sum_at(const Batch& batch, int piece, int row) const {
-    return result_at(Traits::kRows) +
-           (piece * batch.num_rows + row - batch.first_row) * static_cast<int>(sizeof(RowSum));
+  __device__ std::uint32_t sum_at(const Load& load, int piece, int row) const {
+    return result_at(Traits::kRows) + (piece * load.num_rows + row - load.first_row) * static_cast<int>(sizeof(RowSum));
   }
-  __device__ std::uint32_t values(const SplitRequest& split, const Batch& batch) const {
-    return sum_at(batch, split.num_pieces, batch.first_row);
+  __device__ std::uint32_t values(const SplitRequest& split, const Load& load) const {
+    return sum_at(load, split.num_pieces, load.first_row);
   }
 
   __device__ __forceinline__ void wait_for_pieces(const SplitRequest& split) {
@@ -128,25 +127,25 @@ class Combine {
   }
 
   /// A thread for each 16 bytes.
-  __device__ __forceinline__ void load_sums(const SplitRequest& split, const Batch& batch) const {
+  __device__ __forceinline__ void load_sums(const SplitRequest& split, const Load& load) const {
     constexpr int kSumsPerVector = sizeof(float4) / sizeof(RowSum);
-    const int vectors_log2 = 31 - __clz(batch.num_rows / kSumsPerVector);
+    const int vectors_log2 = 31 - __clz(load.num_rows / kSumsPerVector);
 #pragma unroll 1
     for (int i = threadIdx.x; i < split.num_pieces << vectors_log2; i += Traits::kConsumerThreads) {
       const int piece = i >> vectors_log2;
-      const int row = batch.first_row + (i & ((1 << vectors_log2) - 1)) * kSumsPerVector;
-      ptx::async_copy_16(sum_at(batch, piece, row), slot(split, piece).sums + row);
+      const int row = load.first_row + (i & ((1 << vectors_log2) - 1)) * kSumsPerVector;
+      ptx::async_copy_16(sum_at(load, piece, row), slot(split, piece).sums + row);
     }
   }
   /// A warp for each piece.
-  __device__ __forceinline__ void load_values(const SplitRequest& split, const Batch& batch) const {
-    const std::uint32_t to = values(split, batch) + lane() * static_cast<int>(sizeof(float4));
-    const int piece_bytes = batch.count * kUnitBytes;
+  __device__ __forceinline__ void load_values(const SplitRequest& split, const Load& load) const {
+    const std::uint32_t to = values(split, load) + lane() * static_cast<int>(sizeof(float4));
+    const int piece_bytes = load.count * kUnitBytes;
 #pragma unroll 1
     for (int piece = warp(); piece < split.num_pieces; piece += Traits::kConsumerWarps) {
-      const float4* const from = slot(split, piece).quads + batch.first * 32 + lane();
+      const float4* const from = slot(split, piece).quads + load.first * 32 + lane();
 #pragma unroll 4
-      for (int i = 0; i < batch.count; ++i) {
+      for (int i = 0; i < load.count; ++i) {
         ptx::async_copy_16(to + piece * piece_bytes + i * kUnitBytes, from + i * 32);
       }
     }
@@ -156,24 +155,24 @@ class Combine {
   }
 
   /// Weights of the pieces in each row. The threads of a row lie side by side in a warp.
-  __device__ __forceinline__ void weigh(const SplitRequest& split, const Batch& batch) const {
-    const int threads_per_row = Traits::kConsumerThreads / batch.num_rows;
-    const int row = batch.first_row + static_cast<int>(threadIdx.x) / threads_per_row;
+  __device__ __forceinline__ void weigh(const SplitRequest& split, const Load& load) const {
+    const int threads_per_row = Traits::kConsumerThreads / load.num_rows;
+    const int row = load.first_row + static_cast<int>(threadIdx.x) / threads_per_row;
     const int begin = threadIdx.x % threads_per_row;
     float max = kNoMax;
 #pragma unroll 1
     for (int i = begin; i < split.num_pieces; i += threads_per_row) {
-      max = fmaxf(max, ptx::load_shared_v2(sum_at(batch, i, row)).x);
+      max = fmaxf(max, ptx::load_shared_v2(sum_at(load, i, row)).x);
     }
 #pragma unroll 1
     for (int lanes = 1; lanes < threads_per_row; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
     float total = 0.0F;
 #pragma unroll 1
     for (int i = begin; i < split.num_pieces; i += threads_per_row) {
-      const RowSum sum = ptx::load_shared_v2(sum_at(batch, i, row));
+      const RowSum sum = ptx::load_shared_v2(sum_at(load, i, row));
       const float weight = ptx::exp2_approx(sum.x - max);
       total = fmaf(weight, sum.y, total);
-      ptx::store_shared(sum_at(batch, i, row), weight);
+      ptx::store_shared(sum_at(load, i, row), weight);
     }
 #pragma unroll 1
     for (int lanes = 1; lanes < threads_per_row; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
@@ -181,17 +180,17 @@ class Combine {
     const RowCoordinate at(params_, tile_, head_k_, row);
     const FinalOutput<Element> output{params_, split.request};
     ptx::store_shared_v4(result_at(row), at.is_valid ? output.row(at) : nullptr, inverse_sum(total));
-    if (at.is_valid && batch.writes_lse_of(row)) output.write_lse(at, max, total);
+    if (at.is_valid && load.writes_lse_of(row)) output.write_lse(at, max, total);
   }
 
-  /// Unit `i` of the batch. By one warp.
-  __device__ __forceinline__ void merge_unit(const SplitRequest& split, const Batch& batch, int i) const {
-    const int unit = batch.first + i;
+  /// Unit `i` of the load. By one warp.
+  __device__ __forceinline__ void merge_unit(const SplitRequest& split, const Load& load, int i) const {
+    const int unit = load.first + i;
     const Quad quad = Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
-    const int value_step = batch.count * kUnitBytes;
-    const int weight_step = batch.num_rows * static_cast<int>(sizeof(RowSum));
-    std::uint32_t from = values(split, batch) + i * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
-    std::uint32_t weights = sum_at(batch, 0, quad.row);
+    const int value_step = load.count * kUnitBytes;
+    const int weight_step = load.num_rows * static_cast<int>(sizeof(RowSum));
+    std::uint32_t from = values(split, load) + i * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
+    std::uint32_t weights = sum_at(load, 0, quad.row);
     float merged[4] = {};
 #pragma unroll 8
     for (int piece = 0; piece < split.num_pieces; ++piece) {

@@ -82,7 +82,8 @@ __device__ __forceinline__ void produce(const DenseDecodeParams& params, SharedS
 }
 
 /// Dense MLA decode. Grid: (tiles of query rows, KV heads, parts); neighbours read the same KV. Two consumer
-/// warpgroups, and one that holds the producer warp. Where CTAs may not wait for each other, as many again come behind
+/// warpgroups, and one of
+/// warps that load and plan. Where CTAs may not wait for each other, as many again come behind
 /// them and merge split requests (launch.cuh).
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)

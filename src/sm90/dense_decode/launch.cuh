@@ -15,7 +15,8 @@ namespace flash_mla::sm90 {
 ///
 /// CTAs that merge a split request wait for those that compute its pieces. Where all CTAs fit on the GPU at once, a
 /// cooperative launch promises that they run at the same time, and each merges when it has computed. Otherwise as many
-/// CTAs again come behind them and merge: a CTA then waits only for CTAs of lower index, which are running or done.
+/// CTAs again come behind them and merge: a CTA then waits only for CTAs of lower index, which are running or done, as
+/// GPUs start CTAs in the order of their index (which CUDA does not promise).
 template <auto kKernel, class Traits, class Storage>
 void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
   static_assert(sizeof(Storage) <= 232448, "what a CTA may have on sm_90");

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "sm90/dense_decode/params.h"
-#include "sm90/ptx/registers.cuh"
+#include "sm90/ptx/grid.cuh"
 
 namespace flash_mla::sm90 {
 

@@ -58,18 +58,6 @@ __device__ __forceinline__ float row_reduce_max(float value) {
   return fmaxf(value, __shfl_xor_sync(~0U, value, 2));
 }
 
-/// Sum and maximum over the warp.
-__device__ __forceinline__ float warp_reduce_sum(float value) {
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) value += __shfl_xor_sync(~0U, value, lanes);
-  return value;
-}
-__device__ __forceinline__ float warp_reduce_max(float value) {
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) value = fmaxf(value, __shfl_xor_sync(~0U, value, lanes));
-  return value;
-}
-
 /// Sum and maximum over the eight threads of a warp that share columns.
 __device__ __forceinline__ float column_reduce_sum(float value) {
 #pragma unroll

@@ -1,6 +1,6 @@
 #pragma once
 
-// Programmatic dependent launch: PTX ISA, "griddepcontrol".
+// The grid: PTX ISA, "griddepcontrol" (programmatic dependent launch) and "%ctaid".
 
 namespace flash_mla::ptx {
 
@@ -10,5 +10,12 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 
 /// Waits until the grids before this one have ended and their writes are visible.
 __device__ __forceinline__ void wait_for_previous_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/// blockIdx.z, read anew each time: not kept in a register.
+__device__ __forceinline__ int cta_z() {
+  int z;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+  return z;
+}
 
 }  // namespace flash_mla::ptx
