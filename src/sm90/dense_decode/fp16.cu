@@ -5,8 +5,7 @@
 namespace flash_mla::sm90 {
 
 void launch_dense_decode_fp16(const DenseDecodeParams& params, cudaStream_t stream) {
-  using Traits = DenseDecodeTraits<__half>;
-  launch_decode_kernel<dense_decode_kernel<Traits>, Traits, SharedStorage<Traits>>(params, stream);
+  launch_decode_kernel<DenseDecodeKernel<DenseDecodeTraits<__half>>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

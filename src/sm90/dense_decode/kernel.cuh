@@ -8,110 +8,81 @@
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/barrier.cuh"
-#include "sm90/ptx/grid.cuh"
-#include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
 
 namespace flash_mla::sm90 {
 
-template <class Traits>
-__device__ void init_shared(const DenseDecodeParams& params, SharedStorage<Traits>& shared) {
-  constexpr int kWarps = Traits::kWarpgroupWarps;
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&params.q_map);
-    ptx::prefetch_tensor_map(&params.k_cache_map);
-    ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
-    ptx::mbarrier_init(ptx::shared_address(&shared.merge_met), Traits::kConsumerThreads);
-    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
-    ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
-    for (auto& barrier : shared.exchange_full) {
-      ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
+/// Dense MLA decode of tiles of 64 query rows: what is its own beside the common entry (entry.cuh).
+template <class Traits_>
+struct DenseDecodeKernel {
+  using Traits = Traits_;
+  using Storage = SharedStorage<Traits>;
+
+  __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
+    constexpr int kWarps = Traits::kWarpgroupWarps;
+    if (threadIdx.x == 0) {
+      ptx::prefetch_tensor_map(&params.q_map);
+      ptx::prefetch_tensor_map(&params.k_cache_map);
+      ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
+      ptx::mbarrier_init(ptx::shared_address(&shared.merge_met), Traits::kConsumerThreads);
+      ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
+      for (auto& barrier : shared.exchange_full) {
+        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
+      }
+      ptx::fence_mbarrier_init();
     }
-    ptx::fence_mbarrier_init();
-  }
-  const int chunk = static_cast<int>(threadIdx.x) - 32;
-  if (chunk >= 0 && chunk < Traits::kNumChunks) {
-    for (int buffer = 0; buffer < Traits::kNumBuffers; ++buffer) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[buffer][chunk]), 1);
-      if (chunk < Traits::kNumPairs) ptx::mbarrier_init(ptx::shared_address(&shared.kv_empty[buffer][chunk]), kWarps);
+    const int chunk = static_cast<int>(threadIdx.x) - 32;
+    if (chunk >= 0 && chunk < Traits::kNumChunks) {
+      for (int buffer = 0; buffer < Traits::kNumBuffers; ++buffer) {
+        ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[buffer][chunk]), 1);
+        if (chunk < Traits::kNumPairs) ptx::mbarrier_init(ptx::shared_address(&shared.kv_empty[buffer][chunk]), kWarps);
+      }
+      ptx::fence_mbarrier_init();
     }
-    ptx::fence_mbarrier_init();
+    clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);
+    ptx::fence_proxy_async();
   }
-  clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);
-  ptx::fence_proxy_async();
-}
 
-/// A consumer's walk over the part's pieces.
-template <class Traits>
-__device__ __forceinline__ void consume(const DenseDecodeParams& params, SharedStorage<Traits>& shared, int warpgroup,
-                                        const QueryTile& tile, int head_k, int part_idx) {
-  Consumer<Traits> consumer(params, shared, warpgroup);
-  const RowCoordinate rows[2] = {{params, tile, head_k, fragment_row()}, {params, tile, head_k, fragment_row() + 8}};
-  const RowCoordinate first_row(params, tile, head_k, 0);
-  PieceWalk walk(params, shared.plan.part, part_idx);
-  Piece piece;
-  while (walk.next(piece)) {
-    consumer.reset();
-    if (piece.begin_block < piece.end_block) {
-      const int limits[2] = {rows[0].limit(params, piece.seqlen_k), rows[1].limit(params, piece.seqlen_k)};
-      consumer.run(piece, limits, first_row.limit(params, piece.seqlen_k));
-    }
-    const Epilogue<Traits> epilogue(params, piece, warpgroup);
-    if (piece.is_whole) {
-      epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
-      epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
-    } else {
-      epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
-      ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
-      if (threadIdx.x == 0) TileFlags(params, tile.index(params.tiling, head_k)).publish(params, piece.slot);
+  /// A consumer's walk over the part's pieces.
+  __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
+                                                 const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
+    Consumer<Traits> consumer(params, shared, warpgroup);
+    const RowCoordinate rows[2] = {{params, tile, head_k, fragment_row()}, {params, tile, head_k, fragment_row() + 8}};
+    const RowCoordinate first_row(params, tile, head_k, 0);
+    PieceWalk walk(params, shared.plan.part, part_idx);
+    Piece piece;
+    while (walk.next(piece)) {
+      consumer.reset();
+      if (piece.begin_block < piece.end_block) {
+        const int limits[2] = {rows[0].limit(params, piece.seqlen_k), rows[1].limit(params, piece.seqlen_k)};
+        consumer.run(piece, limits, first_row.limit(params, piece.seqlen_k));
+      }
+      const Epilogue<Traits> epilogue(params, piece, warpgroup);
+      if (piece.is_whole) {
+        epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
+        epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
+      } else {
+        epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
+        ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
+        if (threadIdx.x == 0) TileFlags(params, tile.index(params.tiling, head_k)).publish(params, piece.slot);
+      }
     }
   }
-}
 
-/// The producer's walk over them.
-template <class Traits>
-__device__ __forceinline__ void produce(const DenseDecodeParams& params, SharedStorage<Traits>& shared,
-                                        const QueryTile& tile, int head_k, int part_idx) {
-  Producer<Traits> producer(params, shared);
-  if (!producer.is_active()) return;
-  PieceWalk walk(params, shared.plan.part, part_idx);
-  Piece piece;
-  while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
-}
-
-/// Dense MLA decode. Grid: (tiles of query rows, KV heads, parts); neighbours read the same KV. Two consumer
-/// warpgroups, and one of
-/// warps that load and plan. Where CTAs may not wait for each other, as many again come behind
-/// them and merge split requests (launch.cuh).
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    dense_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
-  extern __shared__ unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(shared_bytes);
-  const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
-  const int head_k = blockIdx.y;
-  const QueryTile tile(params.tiling, blockIdx.x);
-
-  init_shared(params, shared);
-  ptx::wait_for_previous_grids();
-  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
-  __syncthreads();
-  // No launch_dependents: a grid that starts while this one ends is placed on SMs as they come free, which scatters the
-  // CTAs that read the same KV. That cost 3 % at 128 heads.
-
-  if (warpgroup == Traits::kNumConsumers) {
-    ptx::decrease_registers<Traits::kProducerRegisters>();
-    const CtaRole role(params);
-    const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
-    if (warp == 0 && role.computes) produce(params, shared, tile, head_k, role.part_idx);
-    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
-  } else {
-    ptx::increase_registers<Traits::kConsumerRegisters>();
-    if (const CtaRole role(params); role.computes) consume(params, shared, warpgroup, tile, head_k, role.part_idx);
-    if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
+  /// The producer's walk over them. Of the warps, the first one.
+  __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
+                                                 const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
+    if (warp != 0 || !role.computes) return;
+    Producer<Traits> producer(params, shared);
+    if (!producer.is_active()) return;
+    PieceWalk walk(params, shared.plan.part, role.part_idx);
+    Piece piece;
+    while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
   }
-}
+};
 
 }  // namespace flash_mla::sm90

@@ -7,18 +7,22 @@
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "sm90/dense_decode/combine.cuh"
+#include "sm90/dense_decode/entry.cuh"
 #include "sm90/dense_decode/params.h"
 
 namespace flash_mla::sm90 {
 
-/// Launches one instantiation of a decode kernel.
+/// Launches a decode kernel.
 ///
 /// CTAs that merge a split request wait for those that compute its pieces. Where all CTAs fit on the GPU at once, a
 /// cooperative launch promises that they run at the same time, and each merges when it has computed. Otherwise as many
 /// CTAs again come behind them and merge: a CTA then waits only for CTAs of lower index, which are running or done, as
 /// GPUs start CTAs in the order of their index (which CUDA does not promise).
-template <auto kKernel, class Traits, class Storage>
+template <class Kernel>
 void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
+  using Traits = typename Kernel::Traits;
+  using Storage = typename Kernel::Storage;
+  constexpr auto kKernel = decode_kernel<Kernel>;
   static_assert(sizeof(Storage) <= 232448, "what a CTA may have on sm_90");
   static_assert(Storage::kMergeBytes >= Combine<Traits>::kMinSharedBytes, "what merging needs");
   static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(kKernel), sizeof(Storage));

@@ -8,12 +8,11 @@ namespace flash_mla::sm90 {
 /// Launches the instantiation for the tile's rows.
 template <class Element>
 void launch_narrow_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
-  using Few = NarrowTraits<Element, 16>;
-  using Many = NarrowTraits<Element, kMaxNarrowRows>;
-  if (params.tiling.padded_rows() == Few::kRows) {
-    launch_decode_kernel<dense_decode_narrow_kernel<Few>, Few, NarrowStorage<Few>>(params, stream);
+  constexpr int kFewRows = kMaxNarrowRows / 2;
+  if (params.tiling.padded_rows() == kFewRows) {
+    launch_decode_kernel<NarrowDecodeKernel<NarrowTraits<Element, kFewRows>>>(params, stream);
   } else {
-    launch_decode_kernel<dense_decode_narrow_kernel<Many>, Many, NarrowStorage<Many>>(params, stream);
+    launch_decode_kernel<NarrowDecodeKernel<NarrowTraits<Element, kMaxNarrowRows>>>(params, stream);
   }
 }
 

@@ -1,0 +1,53 @@
+#pragma once
+
+#include "sm90/dense_decode/combine.cuh"
+#include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/part_plan.cuh"
+#include "sm90/dense_decode/piece.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/grid.cuh"
+#include "sm90/ptx/registers.cuh"
+#include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/tma.cuh"
+
+namespace flash_mla::sm90 {
+
+/// The entry of all decode kernels. Grid: (tiles of query rows, KV heads, parts); neighbours read the same KV. Two
+/// consumer warpgroups, and one of warps that load and plan. Where CTAs may not wait for each other, as many again come
+/// behind them and merge split requests (launch.cuh).
+///
+/// Kernel has Traits, Storage and three functions: init_shared, by all threads; consume, by the consumer warpgroups;
+/// and produce, by the warps of the last warpgroup, numbered from its first one.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
+    decode_kernel(const __grid_constant__ DenseDecodeParams params) {
+  using Traits = typename Kernel::Traits;
+  extern __shared__ unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Storage*>(shared_bytes);
+  const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
+  const int head_k = blockIdx.y;
+  const QueryTile tile(params.tiling, blockIdx.x);
+
+  Kernel::init_shared(params, shared);
+  ptx::wait_for_previous_grids();
+  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  __syncthreads();
+  // No launch_dependents: a grid that starts while this one ends is placed on SMs as they come free, which scatters the
+  // CTAs that read the same KV. That cost 3 % at 128 heads.
+
+  if (warpgroup == Traits::kNumConsumers) {
+    ptx::decrease_registers<Traits::kProducerRegisters>();
+    const CtaRole role(params);
+    const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
+    Kernel::produce(params, shared, tile, head_k, role, warp);
+    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
+  } else {
+    ptx::increase_registers<Traits::kConsumerRegisters>();
+    if (const CtaRole role(params); role.computes) {
+      Kernel::consume(params, shared, tile, head_k, role.part_idx, warpgroup);
+    }
+    if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
+  }
+}
+
+}  // namespace flash_mla::sm90
