@@ -38,8 +38,9 @@ class Wheel(NamedTuple):
 
     def read(self, ending: str) -> bytes:
         with zipfile.ZipFile(self.path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith(ending))
-            return archive.read(name)
+            found = [name for name in archive.namelist() if name.endswith(ending)]
+            expect(len(found) == 1, f"expected one file that ends in {ending}, got {found}")
+            return archive.read(found[0])
 
     def names(self) -> list[str]:
         with zipfile.ZipFile(self.path) as archive:

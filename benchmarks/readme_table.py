@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from flash_mla.benchmark import report
+from flash_mla.benchmark.shapes import REFERENCE_SKELETON
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
-YARDSTICK_BESIDE_FLASHMLA = (531, 655)  # what skew_skeleton gave on FlashMLA's GPU: TFLOP/s hot, cold
 
 
 def main() -> None:
@@ -59,10 +59,10 @@ def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
         f"The last column is the speed relative to {decode['reference']}.",
     ]
     if decode.get("skeleton"):
-        hot, cold = (decode["skeleton"][0][how] for how in ("hot", "cold"))
+        here, there = decode["skeleton"][0], REFERENCE_SKELETON
         lines.append(
-            f"GPUs differ: a fixed yardstick at 128 heads gave {hot:.0f} TFLOP/s ({cold:.0f}) in this run, "
-            f"{YARDSTICK_BESIDE_FLASHMLA[0]} ({YARDSTICK_BESIDE_FLASHMLA[1]}) beside FlashMLA."
+            f"GPUs differ: a fixed yardstick at 128 heads gave {here['hot']:.0f} TFLOP/s ({here['cold']:.0f}) in this "
+            f"run, {there['hot']} ({there['cold']}) beside FlashMLA."
         )
     if host is not None:
         given, left_out, empty = (

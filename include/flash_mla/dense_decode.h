@@ -50,7 +50,7 @@ struct DenseDecodeArguments {
 FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args);
 
 /// The same for whoever lays out memory before there is a device to ask, as compilers do: bytes that suffice on every
-/// GPU that the kernels run on, about a tenth more than on one of 132 SMs. The device of the tensors is not looked at.
+/// GPU that the kernels run on, about a tenth more than on one of 132 SMs. No device is asked, nor need it exist.
 /// @throws InvalidArgument, InvalidType
 FLASH_MLA_API std::size_t dense_decode_max_workspace_size(const DenseDecodeArguments& args);
 

@@ -24,7 +24,8 @@ constexpr std::int64_t kMaxMergeStates = 128;
 struct MergeStatesArguments {
   /// num_states tensors, all of one shape and type: (batch, seqlen_q, num_heads_q, 512), bfloat16, float16 or float32.
   /// Last dimension contiguous; on the GPU the address and the other strides are multiples of 16 bytes. Each has
-  /// strides of its own. unstack() makes them of a tensor that holds all states.
+  /// strides of its own; where these differ, a GPU's driver is R530 or newer. unstack() makes them of a tensor that
+  /// holds all states.
   const Tensor* outs = nullptr;
   /// num_states tensors: (batch, num_heads_q, seqlen_q), float32, natural logarithms, any strides.
   const Tensor* lses = nullptr;

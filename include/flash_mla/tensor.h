@@ -92,6 +92,15 @@ struct Tensor {
   explicit operator bool() const noexcept { return rank != 0; }
 };
 
+/// Sets the strides of a row-major tensor from its rank and shape.
+inline void set_contiguous_strides(Tensor& t) {
+  std::int64_t stride = 1;
+  for (int i = t.rank - 1; i >= 0; --i) {
+    t.strides[i] = stride;
+    stride *= t.shape[i];
+  }
+}
+
 /// A row-major view. `shape` holds `rank` extents.
 template <class... Extents>
 Tensor make_tensor(void* data, DType dtype, Device device, Extents... shape) {
@@ -101,13 +110,8 @@ Tensor make_tensor(void* data, DType dtype, Device device, Extents... shape) {
   t.dtype = dtype;
   t.device = device;
   t.rank = static_cast<int>(sizeof...(shape));
-  const std::int64_t extents[] = {static_cast<std::int64_t>(shape)...};
-  std::int64_t stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    t.shape[i] = extents[i];
-    t.strides[i] = stride;
-    stride *= extents[i];
-  }
+  t.shape = {static_cast<std::int64_t>(shape)...};
+  set_contiguous_strides(t);
   return t;
 }
 

@@ -85,8 +85,10 @@ class States(NamedTuple):
         """The shape of each state's array."""
         if self.is_list:
             return [tuple(array.shape) for array in self.arrays]
-        num_states, *shape = self.arrays[0].shape
-        return [tuple(shape)] * num_states
+        shape = tuple(self.arrays[0].shape)
+        if not shape:
+            raise ValueError(f"{self.name}: expected 1 to 5 dimensions, got {len(shape)}")
+        return [shape[1:]] * shape[0]
 
 
 class MergeCall(NamedTuple):

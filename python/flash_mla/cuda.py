@@ -39,12 +39,6 @@ def _library() -> ctypes.CDLL | None:
 
 
 @cache
-def _driver() -> ctypes.CDLL | None:
-    """The driver's library, initialised; None on a machine without a working driver."""
-    return _library() if start_error() is None else None
-
-
-@cache
 def start_error() -> str | None:
     """Why the driver does not start, None where it does: no library, no GPU, or what it says itself."""
     driver = _library()
@@ -76,8 +70,8 @@ def driver_release() -> str | None:
 
 def gpus() -> list[Gpu]:
     """The CUDA devices of this machine, empty without a driver."""
-    driver = _driver()
-    if driver is None:
+    driver = _library()
+    if driver is None or start_error() is not None:
         return []
     count = ctypes.c_int()
     _check(driver, "cuDeviceGetCount", ctypes.byref(count))

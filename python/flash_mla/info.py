@@ -24,7 +24,7 @@ def collect() -> dict[str, Any]:
         "version": metadata.version("flash-mla"),
         "python": sys.version.split()[0],
         "build": build,
-        "driver": {"cuda": None if version is None else f"{version[0]}.{version[1]}", "release": cuda.driver_release()},
+        "driver": {"cuda": None if version is None else _dotted(version), "release": cuda.driver_release()},
         "gpus": [{**asdict(gpu), "is_hopper": gpu.is_hopper} for gpu in gpus],
         "runs_on": "gpu" if reason is None else "cpu",
         "why_not_gpu": reason,
@@ -45,7 +45,7 @@ def why_not(cuda_of_build: str) -> str | None:
     if version is not None and version[0] < needed:
         release = _FIRST_RELEASE.get(needed, f"one for CUDA {needed}")
         return (
-            f"the driver is too old: it runs CUDA {version[0]}.{version[1]}, and this build of CUDA {cuda_of_build} "
+            f"the driver is too old: it runs CUDA {_dotted(version)}, and this build of CUDA {cuda_of_build} "
             f"needs {release} or newer"
         )
     problem = cuda.start_error()

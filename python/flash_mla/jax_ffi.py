@@ -25,6 +25,7 @@ class Jax(Framework):
     def __init__(self) -> None:
         self._jax = jax = import_module("jax")
         self._ffi = import_module("jax.ffi")
+        self._numpy = import_module("numpy")
         for platform, handlers in _C.xla_ffi_handlers().items():
             for name, handler in handlers.items():
                 self._ffi.register_ffi_target(name, handler, platform=platform)
@@ -41,8 +42,7 @@ class Jax(Framework):
         _workspace_size(call)
 
     def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
-        arrays = call._replace(out=None, lse=None).arrays
-        out, lse = self._decode(*arrays, softmax_scale=call.softmax_scale, causal=call.causal)
+        out, lse = self._decode(*call.arrays, softmax_scale=call.softmax_scale, causal=call.causal)
         return out, lse
 
     def plan_dense_decode(
@@ -71,8 +71,7 @@ class Jax(Framework):
             self._result(lse_shape, "float32"),
             self._result((_workspace_size(call),), "uint8"),
         )
-        np = self._jax.numpy
-        options = {"softmax_scale": np.float32.dtype.type(softmax_scale), "causal": np.bool_.dtype.type(causal)}
+        options = {"softmax_scale": self._numpy.float32(softmax_scale), "causal": self._numpy.bool_(causal)}
         given = [array for array in arrays if array is not None]
         out, lse, _ = self._ffi.ffi_call(_DECODE, results)(*given, **options)
         return out, lse
@@ -89,7 +88,7 @@ class Jax(Framework):
         """arrays: those of outs, then those of lses."""
         out_shape, lse_shape = result_shapes
         results = self._result(out_shape, arrays[0].dtype), self._result(lse_shape, "float32")
-        count = self._jax.numpy.int32.dtype.type(num_outs)
+        count = self._numpy.int32(num_outs)
         out, lse = self._ffi.ffi_call(_MERGE, results)(*arrays, num_outs=count)
         return out, lse
 

@@ -79,6 +79,7 @@ def plan_dense_decode(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_he
 def merge_states(call: MergeCall) -> tuple[Array, Array]:
     """(out, lse): the call's, or new tensors where it has none."""
     out_shape, lse_shape = call.result_shapes()
+    call.lses.shapes()  # raises for an array that holds no states
     outs, lses = (
         list(states.arrays) if states.is_list else list(states.arrays[0].unbind(0)) for states in (call.outs, call.lses)
     )

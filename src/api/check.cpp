@@ -6,6 +6,7 @@
 #include <string>
 
 #include "api/argument.h"
+#include "cuda/device.h"
 #include "flash_mla/plan.h"
 #include "scheduler/split_plan.h"
 
@@ -14,7 +15,6 @@ namespace {
 
 using namespace checks;
 
-constexpr std::int64_t kMaxGridExtent = 65535;                        // of a kernel launch's second and third dimension
 constexpr std::int64_t kMaxBulkStride = (std::int64_t{1} << 39) - 1;  // elements: what the copy engine can step
 
 /// A contiguous int32 array.
@@ -57,7 +57,7 @@ void check_k_cache(Argument k_cache, const Tensor& q) {
   if ((shape[1] & (shape[1] - 1)) != 0) {
     fail(k_cache, "page_size that is a power of two", std::to_string(shape[1]));
   }
-  check_range(k_cache, "num_heads_k", shape[2], 1, kMaxGridExtent);
+  check_range(k_cache, "num_heads_k", shape[2], 1, cuda::kMaxGridExtent);
   if (q.shape[2] % shape[2] != 0) {
     fail(k_cache, "num_heads_k that divides num_heads_q " + std::to_string(q.shape[2]), std::to_string(shape[2]));
   }

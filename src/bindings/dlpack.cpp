@@ -1,5 +1,6 @@
 #include "bindings/dlpack.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -141,11 +142,11 @@ Tensor to_tensor(const char* name, const dlpack::dltensor& source) {
   t.dtype = to_dtype(source.dtype);
   t.device = to_device(name, source.device);
   t.rank = source.ndim;
-  std::int64_t contiguous_stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    t.shape[i] = source.shape[i];
-    t.strides[i] = source.strides == nullptr ? contiguous_stride : source.strides[i];
-    contiguous_stride *= t.shape[i];
+  std::copy_n(source.shape, t.rank, t.shape.begin());
+  if (source.strides == nullptr) {
+    set_contiguous_strides(t);
+  } else {
+    std::copy_n(source.strides, t.rank, t.strides.begin());
   }
   return t;
 }

@@ -1,7 +1,7 @@
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -111,12 +111,8 @@ class Call {
     t.dtype = to_dtype(buffer->dtype);
     t.device = device_;
     t.rank = static_cast<int>(buffer->rank);
-    std::int64_t stride = 1;
-    for (int i = t.rank - 1; i >= 0; --i) {
-      t.shape[i] = buffer->shape[i];
-      t.strides[i] = stride;
-      stride *= t.shape[i];
-    }
+    std::copy_n(buffer->shape, t.rank, t.shape.begin());
+    set_contiguous_strides(t);
     return t;
   }
 
@@ -220,6 +216,8 @@ xla_ffi::Error* handle(CallFrame* frame) noexcept {
     return make_error(api, ErrorCode::kUnimplemented, e.what());
   } catch (const std::exception& e) {
     return make_error(api, ErrorCode::kInternal, e.what());
+  } catch (...) {
+    return make_error(api, ErrorCode::kInternal, "an exception of unknown type");
   }
 }
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "combine/merge_states.h"
+#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "flash_mla/dense_decode.h"
 #include "sm90/primitives/fragment.cuh"
@@ -22,8 +23,7 @@
 namespace flash_mla::combine {
 namespace {
 
-constexpr int kMaxGridExtent = 65535;  // of a launch's second and third dimension
-constexpr int kBatch = 8;              // states that a thread has in flight
+constexpr int kBatch = 8;  // states that a thread has in flight
 constexpr float kLog2E = 1.44269504088896340736F;
 
 /// A row: one head of one query of one request.
@@ -47,7 +47,8 @@ struct Strides {
 };
 
 /// The kernel's parameter. States that share their strides, as those of a collective do, share a row's offset: without
-/// that, addresses are half of the work. States with strides of their own take 8 KB of parameters.
+/// that, addresses are half of the work. States with strides of their own take 8 KB of parameters, as drivers have
+/// from R530 (CUDA 12.1) on.
 template <bool kShareStrides>
 struct Params {
   const void* outs[kMaxMergeStates];
@@ -213,7 +214,7 @@ Params<kShareStrides> make_params(const MergeStatesArguments& args, const MergeS
 template <class In, class Out, bool kShareStrides>
 void launch(const MergeStatesArguments& args, const MergeStatesShape& shape, CUstream_st* stream) {
   const auto extent = [](std::int64_t count) {
-    return static_cast<unsigned>(std::min<std::int64_t>(count, kMaxGridExtent));
+    return static_cast<unsigned>(std::min<std::int64_t>(count, cuda::kMaxGridExtent));
   };
   const dim3 grid(static_cast<unsigned>(shape.num_heads_q), extent(shape.seqlen_q), extent(shape.batch_size));
   const cuda::Launch launch("merge_states_kernel", grid, dim3(kThreads<In>), 0, stream, cuda::Overlap::kWithPrevious);

@@ -4,6 +4,9 @@
 
 namespace flash_mla::cuda {
 
+/// The largest extent of a launch's grid in its second and third dimension.
+constexpr int kMaxGridExtent = 65535;
+
 /// Devices that the library can tell apart.
 constexpr int kMaxDevices = 64;
 

@@ -78,6 +78,16 @@ void expect_errors(const std::vector<WrongCall>& calls) {
 
 using Args = DenseDecodeArguments;
 
+/// Of a call with a plan.
+void make_batch_of_0(Args& a) {
+  reshape(a.q, 0, 2, 128, 576);
+  reshape(a.block_table, 0, 16);
+  reshape(a.cache_seqlens, 0);
+  reshape(a.out, 0, 2, 128, 512);
+  reshape(a.lse, 0, 128, 2);
+  reshape(a.num_splits, 1);
+}
+
 TEST(CheckDenseDecode, ReturnsTheExtentsOfARightCall) {
   const DenseDecodeShape shape = check_dense_decode(right_call(), true);
   EXPECT_EQ(shape.batch_size, 4);
@@ -288,14 +298,7 @@ TEST(CheckDenseDecode, AllowsWhatIsUnusualButRight) {
         a.q.strides = a.out.strides = a.lse.strides = {-1, 3, 0, 2};
         a.q.data = a.out.data = a.lse.data = nullptr;
       },
-      [](Args& a) {  // a batch of 0, with a plan
-        reshape(a.q, 0, 2, 128, 576);
-        reshape(a.block_table, 0, 16);
-        reshape(a.cache_seqlens, 0);
-        reshape(a.out, 0, 2, 128, 512);
-        reshape(a.lse, 0, 128, 2);
-        reshape(a.num_splits, 1);
-      },
+      make_batch_of_0,
   };
   for (std::size_t i = 0; i < changes.size(); ++i) {
     Args args = right_call();
@@ -337,12 +340,7 @@ TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {
   EXPECT_EQ(error_of([&] { dense_decode_max_workspace_size(args); }),
             "InvalidArgument: q: expected shape (batch_size, seqlen_q, num_heads_q, 576), got (4, 2, 128, 512)");
   DenseDecodeArguments empty = right_call();
-  reshape(empty.q, 0, 2, 128, 576);
-  reshape(empty.block_table, 0, 16);
-  reshape(empty.cache_seqlens, 0);
-  reshape(empty.out, 0, 2, 128, 512);
-  reshape(empty.lse, 0, 128, 2);
-  reshape(empty.num_splits, 1);
+  make_batch_of_0(empty);
   EXPECT_EQ(dense_decode_max_workspace_size(empty), 0U);
 }
 

@@ -58,7 +58,7 @@ class FakeDriver:
 
 
 def forget() -> None:
-    for function in (cuda._library, cuda._driver, cuda.start_error):
+    for function in (cuda._library, cuda.start_error):
         function.cache_clear()
 
 

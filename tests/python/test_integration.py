@@ -245,9 +245,13 @@ def test_vllm_asks_for_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left as it was, its checks included."""
     fake_vllm(monkeypatch, newest_vllm, names=("flash_mla_with_kvcache",))
+    ops = sys.modules["vllm.attention.ops.flashmla"]
+    before = dict(vars(ops))
     with pytest.raises(Unsupported, match=rf"^{VLLM_BACKEND}: expected it to have get_mla_metadata"):
         vllm.install()
+    assert vars(ops) == before
 
 
 @pytest.mark.parametrize("value", ["0", "", "1"])

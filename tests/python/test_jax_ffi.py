@@ -170,6 +170,7 @@ def test_merges_states(device: str | None, dtype: str, layout: str, compiled: bo
         ((129, 2, 1, 4, 512), (129, 2, 4, 1), ValueError, "outs: expected 1 to 128 states, got 129"),
         ((3, 2, 1, 4, 512), (2, 2, 4, 1), ValueError, "lses: expected 3 states as outs, got 2"),
         ((3, 2, 1, 4, 512), (3, 2, 1, 4), ValueError, r"lses\[0\]: expected shape \(2, 4, 1\), got \(2, 1, 4\)"),
+        ((3, 2, 1, 4, 512), (), ValueError, "lses: expected 1 to 5 dimensions, got 0"),
     ],
 )
 def test_errors_of_a_merge(outs: tuple[int, ...], lses: tuple[int, ...], error: type[Exception], message: str) -> None:

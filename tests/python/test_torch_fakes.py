@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cases import Case, make_case
-from flash_mla import Unsupported, get_mla_metadata
+from flash_mla import Unsupported, get_mla_metadata, merge_states
 from ways import CPU_SPEC, Arrays, Results, arrays_of, left_out, plan_for, planned_inside
 
 torch_module = pytest.importorskip("torch")
@@ -67,6 +67,12 @@ def test_meta_tensors() -> None:
     assert_like(left_out(*arrays), left_out(*arrays_of(case)), "meta")
     with pytest.raises(Unsupported, match=r"^cache_seqlens: expected a device"):
         planned_inside(*arrays)
+
+
+def test_states_without_dimensions() -> None:
+    outs = torch_module.zeros((3, 2, 1, 4, 512), device="meta")
+    with pytest.raises(ValueError, match=r"^lses: expected 1 to 5 dimensions, got 0"):
+        merge_states(outs, torch_module.zeros((), device="meta"))
 
 
 @pytest.mark.parametrize(

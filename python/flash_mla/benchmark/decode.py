@@ -15,7 +15,7 @@ from .peers import Peer
 from .pool import Memory, Pool
 from .report import Progress, now
 from .roofline import RECORDED, Ceilings, cold_rates, hot_rates, ratios
-from .shapes import REFERENCE_SOURCE, Shape
+from .shapes import REFERENCE_SKELETON, REFERENCE_SOURCE, Shape
 from .timing import Call, Hot, Plan, Timed, time_cold, time_hot
 
 GIVEN = "metadata given"
@@ -57,6 +57,7 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
         "machine": machine.describe(),
         "ceilings": {},
         "reference": REFERENCE_SOURCE,
+        "reference_skeleton": REFERENCE_SKELETON,
         "timing": asdict(settings.plan.shared_by(len(settings.variants) + len(settings.peers))),
         "peers_missing": dict(settings.peers_missing),
         "cases": [],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..calls import HEAD_DIM_V as HEAD_DIM_V
+
 REFERENCE_SOURCE = "FlashMLA, hopper measurements of 2026-11-23 on another H200"
+REFERENCE_SKELETON = {"hot": 531, "cold": 655}  # what skew_skeleton gave on that GPU at 128 heads, TFLOP/s
 HEAD_DIM_QK = 576
-HEAD_DIM_V = 512
 
 
 @dataclass(frozen=True)

@@ -111,14 +111,14 @@ def install() -> None:
     backend = import_module(_BACKEND)  # which imports the module that defines the functions
     ops_name = next(name for name in _OPS if name in sys.modules)
     ops = sys.modules[ops_name]
-    checks = {
+    checks: dict[str, object] = {
         name: is_flashmla_dense_supported
         for name in ("is_flashmla_dense_supported", "is_flashmla_supported")
         if hasattr(ops, name)
     }
-    replace(ops_name, {**checks})
     in_backend = {name: check for name, check in checks.items() if hasattr(backend, name)}
     replace(_BACKEND, {**_functions(backend, ops), **in_backend})
+    replace(ops_name, checks)  # last: a backend that is not known leaves all as it was
 
 
 def _functions(backend: Any, ops: Any) -> dict[str, object]:
