@@ -170,6 +170,24 @@ def test_plan_of_other_extents(torch: Any, num_heads_q: int, num_q_tokens_per_he
 
 
 @pytest.mark.gpu
+def test_two_streams_that_plan_ahead(torch: Any) -> None:
+    """More requests than parts, some long: planned by a launch of its own, and split all the same."""
+    specs = [Spec((5000, *([64] * 150)), num_heads_q=128, seed=seed) for seed in (1, 2)]
+    cases = [make_case(spec, "cuda") for spec in specs]
+    references = [decode_reference(case) for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        results = []
+        for case, stream in zip(cases, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(decode(case))
+    torch.cuda.synchronize()
+    for result, reference in zip(results, references, strict=True):
+        assert_close(*result, *reference, "on two streams")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("low", [-(2**31), 0, -3])
 @pytest.mark.parametrize("seed", range(4))
 def test_garbage_plan_does_no_harm(torch: Any, low: int, seed: int) -> None:

@@ -95,6 +95,26 @@ def test_metadata_updated_in_place(torch: Any, case: Case) -> None:
     replay_with_changes(torch, case, graph, [result], update)
 
 
+@pytest.mark.parametrize("num_heads_q", [16, 128])
+def test_replayed_before_there_is_a_plan(torch: Any, num_heads_q: int) -> None:
+    """Arrays that hold no plan yet give no result, and leave nothing behind for the replays that follow."""
+    case = make_case(Spec((9000, 70), num_heads_q=num_heads_q), "cuda")
+    planned = plan(case)
+    good = {name: array.clone() for name, array in planned.items()}
+    graph, (out, lse) = capture(torch, lambda: decode(case, **planned))
+    reference = decode_torch(case)
+    for step in range(20):
+        for array in planned.values():
+            array.zero_()
+        graph.replay()
+        for name, array in planned.items():
+            array.copy_(good[name])
+        for _ in range(3):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert_close(out, lse, *reference, f"after step {step} without a plan")
+
+
 def test_sched_meta_inside_the_graph(torch: Any, case: Case) -> None:
     def step() -> list[Results]:
         meta, num_splits = get_mla_metadata()

@@ -31,8 +31,10 @@ struct TileFlags {
     flags = params.flags + static_cast<std::int64_t>(tile) * kFlagsPerPart * params.num_parts;
     readers = flags + 2 * params.num_parts;
   }
-  /// By one thread, after all threads of the piece have written and synchronised.
-  __device__ void publish(const DenseDecodeParams& params, int slot) const {
+  /// By one thread, after all threads of the piece have written and synchronised, and with the splits found. Only where
+  /// somebody reads the flag, and so clears it: one that stays up would tell a replayed graph that the piece is there.
+  __device__ void publish(const DenseDecodeParams& params, const PartPlan& plan, int slot) const {
+    if (plan.splits[slot % 2].num_pieces == 0) return;
     if (slot % 2 == 1) readers[slot / 2] = 0;  // a slot of a first piece
     ptx::store_release(&flags[slot], params.token);
   }

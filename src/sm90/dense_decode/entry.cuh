@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     const CtaRole role(params);
     const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
     Kernel::produce(params, shared, tile, head_k, role, warp);
-    if (threadIdx.x / 32 == Traits::kPlanWarp && role.merges) find_splits(params, role.part_idx, shared.plan);
+    if (threadIdx.x / 32 == Traits::kPlanWarp) find_splits(params, role.part_idx, shared.plan);
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();
     if (const CtaRole role(params); role.computes) {

@@ -67,8 +67,10 @@ struct DenseDecodeKernel {
         epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
       } else {
         epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
+        ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
-        if (threadIdx.x == 0) TileFlags(params, tile.index(params.tiling, head_k)).publish(params, piece.slot);
+        if (threadIdx.x == 0)
+          TileFlags(params, tile.index(params.tiling, head_k)).publish(params, shared.plan, piece.slot);
       }
     }
   }

@@ -62,7 +62,7 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
 }
 
 /// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,
-/// so that not all pieces would come.
+/// so that not all pieces would come; the parts of a request judge alike.
 __device__ inline SplitRequest find_split(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx,
                                           int i) {
   const bool continues = part.begin_block > 0 && part.first_part >= 0 && part.first_part < part_idx;
@@ -72,17 +72,18 @@ __device__ inline SplitRequest find_split(const DenseDecodeParams& params, const
   const scheduler::Part first = params.parts[first_part];
   const SplitRequest split{first.end_request, first_part, first.num_pieces};
   bool is_good =
-      split.request >= 0 && split.request < params.batch_size && part_idx < first_part + split.num_pieces &&
+      split.request >= 0 && split.request < params.batch_size && split.num_pieces > part_idx - first_part &&
       split.num_pieces <= params.num_parts - first_part && first.end_block != scheduler::kToEnd &&
       (first.begin_request < split.request || (first.begin_request == split.request && first.begin_block == 0));
   for (int piece = 1 + threadIdx.x % 32; is_good && piece < split.num_pieces; piece += 32) {
     const scheduler::Part other = params.parts[first_part + piece];
-    is_good = other.begin_request == split.request && other.end_request >= split.request && other.begin_block > 0;
+    is_good = other.begin_request == split.request && other.end_request >= split.request && other.begin_block > 0 &&
+              other.first_part == first_part;
   }
   return __all_sync(~0U, is_good) ? split : SplitRequest{};
 }
 
-/// Finds the part's splits, while it is computed, and arrives at splits_ready. By one warp.
+/// Finds the part's splits, while it is computed, and arrives at splits_ready. By one warp of every CTA.
 __device__ inline void find_splits(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   if (params.parts != nullptr) {
 #pragma unroll 1

@@ -54,8 +54,10 @@ struct NarrowDecodeKernel {
       if (piece.begin_block < piece.end_block) consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
       NarrowEpilogue<Traits>(params, shared, piece, tile, head_k, warpgroup).write(consumer);
       if (!piece.is_whole) {
+        ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         consumer.meet_other();
-        if (threadIdx.x == 0) TileFlags(params, tile.index(params.tiling, head_k)).publish(params, piece.slot);
+        if (threadIdx.x == 0)
+          TileFlags(params, tile.index(params.tiling, head_k)).publish(params, shared.plan, piece.slot);
       }
     }
   }
