@@ -20,7 +20,8 @@ namespace flash_mla {
 namespace {
 
 constexpr std::size_t kWorkspaceAlignment = 16;
-constexpr int kChunkColumns = 64;  // 128 bytes: the swizzle's row
+constexpr int kChunkColumns = 64;        // 128 bytes: the swizzle's row
+constexpr int kMaxBatchOverlapped = 16;  // where more than one tile reads the same KV
 constexpr float kLog2E = 1.44269504088896340736F;
 
 /// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
@@ -126,6 +127,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
+  params.launches_dependents = params.tiling.num_tiles == 1 || params.batch_size <= kMaxBatchOverlapped;
   params.num_parts = parts;
   params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;
@@ -165,7 +167,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   params.token = next_launch_token();
   params.flags = reinterpret_cast<std::uint64_t*>(bytes + layout.flags);
   params.out_accum = reinterpret_cast<float*>(bytes + layout.out_accum);
-  params.sum_accum = reinterpret_cast<sm90::RowSum*>(bytes + layout.sum_accum);
+  params.sum_accum = reinterpret_cast<float4*>(bytes + layout.sum_accum);
   if (args.tile_scheduler_metadata) {
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
   } else if (!scheduler::plans_within_a_warp(params.batch_size, parts)) {

@@ -6,17 +6,18 @@
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
+#include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/softmax.cuh"
-#include "sm90/ptx/async_copy.cuh"
 #include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/bulk.cuh"
 #include "sm90/ptx/math.cuh"
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
 
-// Merging the pieces of a split request, within the decode kernel. Each part that has a piece of it merges a slice,
-// once it has seen the flags of all pieces. Who may wait for whom: see launch.cuh.
+// Merging the pieces of a split request, within the decode kernel. Each part that has a piece of it merges a slice of the
+// tile. Who may wait for whom: see launch.cuh.
 
 namespace flash_mla::sm90 {
 
@@ -25,7 +26,7 @@ namespace flash_mla::sm90 {
 /// flags clears them.
 struct TileFlags {
   std::uint64_t* flags;    // (2 * num_parts,): one for each slot
-  std::uint64_t* readers;  // (num_parts,): CTAs that have seen all flags of the request that the part begins
+  std::uint64_t* readers;  // (num_parts,): warps that have seen their flags of the request that the part begins
 
   __device__ TileFlags(const DenseDecodeParams& params, int tile) {
     flags = params.flags + static_cast<std::int64_t>(tile) * kFlagsPerPart * params.num_parts;
@@ -40,188 +41,215 @@ struct TileFlags {
   }
 };
 
-/// Merges one slice of a split request. By all consumer threads. A unit is a quad of each lane of a warp: 512 bytes.
-/// The slice of all pieces comes into shared memory, and beside it their weights.
+/// Tells the others which pieces of split requests are in the workspace. By one thread, while the consumers go on.
+template <class Traits>
+__device__ inline void publish_pieces(const DenseDecodeParams& params, const TileFlags& flags, PartPlan& plan,
+                                      int part_idx) {
+  PieceWalk walk(params, plan.part, part_idx);
+  Piece piece;
+  while (walk.next(piece)) {
+    if (piece.is_whole) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&plan.piece_written[piece.slot % 2]), 0);
+    flags.publish(params, plan, piece.slot);
+  }
+}
+
+/// A weighted sum of pieces in a quad: two rows by two columns. Maxima in base 2.
+struct QuadSum {
+  float max[2] = {kNoMax, kNoMax};
+  float total[2] = {0.0F, 0.0F};
+  float value[4] = {0.0F, 0.0F, 0.0F, 0.0F};
+};
+
+/// Merges one slice of a split request's tile. By all consumer threads. The slice of all pieces comes into shared
+/// memory by bulk copies, which lanes issue as they see the pieces' flags. A unit is a quad of each lane of a
+/// warp; each unit has a warp, or several that share its pieces where the slice has few units.
+///
+/// All of this runs once, so what counts is how many instructions follow on one another.
 template <class Traits>
 class Combine {
   using Element = typename Traits::Element;
-  static constexpr int kNumUnits = Traits::kConsumerWarps * Traits::kQuadsPerThread;
-  static constexpr int kUnitBytes = 32 * sizeof(float4);
-  static constexpr int kRowsBytes = Traits::kRows * sizeof(RowSum);
+  static constexpr int kWarps = Traits::kConsumerWarps;
+  static constexpr int kVectorBytes = sizeof(float4);
+  static constexpr int kUnitBytes = 32 * kVectorBytes;
+  static constexpr int kPairsBytes = Traits::kRows / 2 * kVectorBytes;
 
  public:
-  /// Shared memory that is enough for any number of pieces.
-  static constexpr int kMinSharedBytes = scheduler::kMaxParts * (kUnitBytes + kRowsBytes) + 2 * kRowsBytes;
+  /// Shared memory that is enough: for all pieces where a warp has several units, for one where it has one.
+  static constexpr int kMinSharedBytes = (Traits::kNumUnits + 4 * kWarps) * kUnitBytes + 4 * kWarps * kPairsBytes;
 
-  /// `shared`: `num_bytes` of shared memory that nothing else uses any more, aligned to 16 bytes.
-  /// `met`: an mbarrier for an arrival by each consumer thread, which nothing else uses.
+  /// `shared`: `num_bytes` of shared memory that nothing else uses any more once all consumers are here, aligned to 16
+  /// bytes. `barriers`: what nothing else uses.
   __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, std::uint32_t shared,
-                     int num_bytes, std::uint32_t met)
-      : params_(params), tile_(tile), head_k_(head_k), shared_(shared), num_bytes_(num_bytes), met_(met) {}
+                     int num_bytes, MergeBarriers& barriers)
+      : params_(params),
+        tile_(tile),
+        head_k_(head_k),
+        shared_(shared),
+        num_bytes_(num_bytes),
+        met_(ptx::shared_address(&barriers.met)),
+        loaded_(ptx::shared_address(&barriers.loaded)) {}
 
   __device__ __forceinline__ void run(const SplitRequest& split, int slice) {
-    wait_for_pieces(split);
     const int n = split.num_pieces;
-    const int end = kNumUnits * (slice + 1) / n;
-    const int max_count = (num_bytes_ - (n + 2) * kRowsBytes) / (n * kUnitBytes);
-    int first = kNumUnits * slice / n;
+    const int first = Traits::kNumUnits * slice / n;
+    const int count = Traits::kNumUnits * (slice + 1) / n - first;
+    int sharers = 1;
+    while (sharers < kWarps && 2 * sharers * count <= kWarps) sharers *= 2;
+    const int sharer = warp() % sharers;
+    int unit = warp() / sharers;  // of the slice
+    Result result(*this, split, first + unit);
+    QuadSum sum;
+    std::uint64_t readers = 0;
+
+    const int piece_bytes = count * kUnitBytes + kPairsBytes;
+    const int max_pieces = num_bytes_ / piece_bytes;
 #pragma unroll 1
-    for (; first < end; first += max_count) {
-      const Load load(first, min(max_count, end - first));
-      load_sums(split, load);
-      ptx::async_copy_commit();
-      load_values(split, load);
-      ptx::async_copy_commit();
-      ptx::async_copy_wait<1>();
-      sync();
-      weigh(split, load);  // while the values are on their way
-      ptx::async_copy_wait<0>();
-      sync();
+    for (int begin = 0; begin < n; begin += max_pieces) {
+      const int pieces = min(max_pieces, n - begin);
+      ptx::fence_proxy_async();
+      sync();  // shared memory is free
+      if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, pieces * piece_bytes);
+      const int piece = begin + warp() + lane() * kWarps;
+      if (piece < begin + pieces) load(split, piece, first, count, shared_ + (piece - begin) * piece_bytes);
+      __syncwarp();
+      // All of the warp's flags are seen: loads that this depends on, so nothing need be released. Not waited for before
+      // it is needed.
+      if (begin + pieces >= n && lane() == 0) readers = ptx::atomic_add(reader_count(split), 1);
+      ptx::mbarrier_wait(loaded_, loaded_phase_);
+      loaded_phase_ ^= 1;
+      const std::uint32_t from = shared_ + sharer * piece_bytes;
+      const int own_pieces = (pieces - sharer + sharers - 1) / sharers;
 #pragma unroll 1
-      for (int i = warp(); i < load.count; i += Traits::kConsumerWarps) merge_unit(split, load, i);
-      sync();  // before shared memory is filled again
+      for (; unit < count; unit += kWarps) {
+        add(sum, from + unit * kUnitBytes, from + count * kUnitBytes + first_pair(first + unit) * kVectorBytes,
+            sharers * piece_bytes, own_pieces);
+        if (count <= kWarps) break;
+        result.write(sum);
+        sum = QuadSum();
+        result = Result(*this, split, first + unit + kWarps);
+      }
     }
+    if (sharers > 1) {
+      sync();
+      give(sum);
+      sync();
+      if (sharer == 0) {
+#pragma unroll 1
+        for (int other = 1; other < sharers; ++other) take(sum, other);
+      }
+    }
+    if (count <= kWarps && unit < count && sharer == 0) result.write(sum);
+    clear_flags(split, readers);
   }
 
  private:
-  /// What shared memory holds of a slice at a time: `count` units of each piece, and all that belongs to the rows that
-  /// they lie in.
-  struct Load {
-    int first;
-    int count;
-    int first_row;
-    int num_rows;  // a power of two
+  /// Where a thread's quad of a unit goes.
+  struct Result {
+    Element* out[2];  // null where the row is padding
+    float* lse[2];    // null where another thread writes it
 
-    __device__ Load(int first_unit, int num_units) : first(first_unit), count(num_units) {
-      const int row = Traits::first_row(first / Traits::kQuadsPerThread);
-      const bool is_one_warp = first / Traits::kQuadsPerThread == (first + count - 1) / Traits::kQuadsPerThread;
-      first_row = is_one_warp ? row : 0;
-      num_rows = is_one_warp ? Traits::kWarpRows : Traits::kRows;
+    __device__ __forceinline__ Result(const Combine& combine, const SplitRequest& split, int unit) {
+      const Quad quad = Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
+      const FinalOutput<Element> output{combine.params_, split.request};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowCoordinate at(combine.params_, combine.tile_, combine.head_k_, quad.row + r * Traits::kQuadRowStep);
+        out[r] = at.is_valid ? output.row(at) + quad.column : nullptr;
+        lse[r] = at.is_valid && quad.column == 0 ? output.lse(at) : nullptr;
+      }
     }
-    /// Whether this is the load that writes the row's log-sum-exp: the one with its first column.
-    __device__ bool writes_lse_of(int row) const {
-      const int unit = row / Traits::kWarpRows * Traits::kQuadsPerThread;
-      return first <= unit && unit < first + count;
+    __device__ __forceinline__ void write(const QuadSum& sum) const {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (out[r] == nullptr) continue;
+        const float inverse = inverse_sum(sum.total[r]);
+        if constexpr (Traits::kQuadColumnStep == 1) {
+          *reinterpret_cast<std::uint32_t*>(out[r]) =
+              pack<Element>(sum.value[2 * r] * inverse, sum.value[2 * r + 1] * inverse);
+        } else {
+          out[r][0] = convert<Element>(sum.value[r] * inverse);
+          out[r][Traits::kQuadColumnStep] = convert<Element>(sum.value[r + 2] * inverse);
+        }
+        if (lse[r] != nullptr) *lse[r] = log_sum_exp(sum.max[r], sum.total[r]);
+      }
     }
   };
 
-  // In shared memory: for each row where its result goes and what its values are multiplied with; sums of each row of
-  // each piece, whose x becomes the piece's weight; units of each piece.
-  __device__ std::uint32_t result_at(int row) const { return shared_ + row * static_cast<int>(sizeof(float4)); }
-  __device__ std::uint32_t sum_at(const Load& load, int piece, int row) const {
-    return result_at(Traits::kRows) + (piece * load.num_rows + row - load.first_row) * static_cast<int>(sizeof(RowSum));
-  }
-  __device__ std::uint32_t values(const SplitRequest& split, const Load& load) const {
-    return sum_at(load, split.num_pieces, load.first_row);
+  __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
+  __device__ std::uint64_t* reader_count(const SplitRequest& split) const { return &flags().readers[split.first_part]; }
+  __device__ __forceinline__ void clear_flags(const SplitRequest& split, std::uint64_t readers) const {
+    if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < kWarps * split.num_pieces) return;
+    for (int piece = lane(); piece < split.num_pieces; piece += 32) flags().flags[split.slot(piece)] = 0;
   }
 
-  __device__ __forceinline__ void wait_for_pieces(const SplitRequest& split) {
-    const TileFlags flags(params_, tile_.index(params_.tiling, head_k_));
-    static_assert(Traits::kConsumerThreads >= scheduler::kMaxParts, "a thread for each flag");
-    if (static_cast<int>(threadIdx.x) < split.num_pieces) {
-      while (ptx::load_acquire(&flags.flags[split.slot(threadIdx.x)]) != params_.token) {
-      }
+  /// Waits for a piece, and brings its share of the slice to `to`: units, then the sums of all rows. By one thread.
+  __device__ __forceinline__ void load(const SplitRequest& split, int piece, int first, int count,
+                                       std::uint32_t to) const {
+    const SlotTile<Traits> slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
+    const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
+    while (ptx::load_acquire(flag) != params_.token) {
     }
-    sync();
-    if (threadIdx.x == 0 && ptx::atomic_add(&flags.readers[split.first_part], 1) + 1 == split.num_pieces) {
-      for (int i = 0; i < split.num_pieces; ++i) flags.flags[split.slot(i)] = 0;
-    }
+    ptx::fence_proxy_async_global();
+    if (count > 0) ptx::bulk_load(to, slot.quads + first * 32, count * kUnitBytes, loaded_);
+    ptx::bulk_load(to + count * kUnitBytes, slot.pairs, kPairsBytes, loaded_);
+  }
+  __device__ static int first_pair(int unit) {
+    return Traits::first_pair(unit / Traits::kQuadsPerThread, unit % Traits::kQuadsPerThread);
   }
 
-  /// A thread for each 16 bytes.
-  __device__ __forceinline__ void load_sums(const SplitRequest& split, const Load& load) const {
-    constexpr int kSumsPerVector = sizeof(float4) / sizeof(RowSum);
-    const int vectors_log2 = 31 - __clz(load.num_rows / kSumsPerVector);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < split.num_pieces << vectors_log2; i += Traits::kConsumerThreads) {
-      const int piece = i >> vectors_log2;
-      const int row = load.first_row + (i & ((1 << vectors_log2) - 1)) * kSumsPerVector;
-      ptx::async_copy_16(sum_at(load, piece, row), slot(split, piece).sums + row);
-    }
-  }
-  /// A warp for each piece.
-  __device__ __forceinline__ void load_values(const SplitRequest& split, const Load& load) const {
-    const std::uint32_t to = values(split, load) + lane() * static_cast<int>(sizeof(float4));
-    const int piece_bytes = load.count * kUnitBytes;
-#pragma unroll 1
-    for (int piece = warp(); piece < split.num_pieces; piece += Traits::kConsumerWarps) {
-      const float4* const from = slot(split, piece).quads + load.first * 32 + lane();
+  /// Adds `count` pieces of a unit, whose quads and sums lie at these addresses, and `step` bytes further for the next.
+  __device__ __forceinline__ void add(QuadSum& sum, std::uint32_t quads, std::uint32_t pairs, int step,
+                                      int count) const {
+    quads += lane() * kVectorBytes;
+    pairs += Traits::pair_of_lane(lane()) * kVectorBytes;
+    float max[2] = {sum.max[0], sum.max[1]};
 #pragma unroll 4
-      for (int i = 0; i < load.count; ++i) {
-        ptx::async_copy_16(to + piece * piece_bytes + i * kUnitBytes, from + i * 32);
-      }
+    for (int i = 0; i < count; ++i) {
+      const float4 rows = ptx::load_shared_v4(pairs + i * step);
+      max[0] = fmaxf(max[0], rows.x);
+      max[1] = fmaxf(max[1], rows.z);
+    }
+    raise_max(sum, max[0], max[1]);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      add(sum, ptx::load_shared_v4(quads + i * step), ptx::load_shared_v4(pairs + i * step));
     }
   }
-  __device__ SlotTile<Traits> slot(const SplitRequest& split, int piece) const {
-    return {params_, split.slot(piece), tile_.index(params_.tiling, head_k_)};
+  /// `rows`: (maximum, sum) of two rows; no maximum above those of `sum`.
+  __device__ __forceinline__ static void add(QuadSum& sum, const float4& quad, const float4& rows) {
+    const float weight[2] = {ptx::exp2_approx(rows.x - sum.max[0]), ptx::exp2_approx(rows.z - sum.max[1])};
+    sum.total[0] = fmaf(weight[0], rows.y, sum.total[0]);
+    sum.total[1] = fmaf(weight[1], rows.w, sum.total[1]);
+    sum.value[0] = fmaf(weight[Traits::quad_row(0)], quad.x, sum.value[0]);
+    sum.value[1] = fmaf(weight[Traits::quad_row(1)], quad.y, sum.value[1]);
+    sum.value[2] = fmaf(weight[Traits::quad_row(2)], quad.z, sum.value[2]);
+    sum.value[3] = fmaf(weight[Traits::quad_row(3)], quad.w, sum.value[3]);
   }
-
-  /// Weights of the pieces in each row. The threads of a row lie side by side in a warp.
-  __device__ __forceinline__ void weigh(const SplitRequest& split, const Load& load) const {
-    const int threads_per_row = Traits::kConsumerThreads / load.num_rows;
-    const int row = load.first_row + static_cast<int>(threadIdx.x) / threads_per_row;
-    const int begin = threadIdx.x % threads_per_row;
-    float max = kNoMax;
-#pragma unroll 1
-    for (int i = begin; i < split.num_pieces; i += threads_per_row) {
-      max = fmaxf(max, ptx::load_shared_v2(sum_at(load, i, row)).x);
-    }
-#pragma unroll 1
-    for (int lanes = 1; lanes < threads_per_row; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
-    float total = 0.0F;
-#pragma unroll 1
-    for (int i = begin; i < split.num_pieces; i += threads_per_row) {
-      const RowSum sum = ptx::load_shared_v2(sum_at(load, i, row));
-      const float weight = ptx::exp2_approx(sum.x - max);
-      total = fmaf(weight, sum.y, total);
-      ptx::store_shared(sum_at(load, i, row), weight);
-    }
-#pragma unroll 1
-    for (int lanes = 1; lanes < threads_per_row; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
-    if (begin != 0) return;
-    const RowCoordinate at(params_, tile_, head_k_, row);
-    const FinalOutput<Element> output{params_, split.request};
-    ptx::store_shared_v4(result_at(row), at.is_valid ? output.row(at) : nullptr, inverse_sum(total));
-    if (at.is_valid && load.writes_lse_of(row)) output.write_lse(at, max, total);
-  }
-
-  /// Unit `i` of the load. By one warp.
-  __device__ __forceinline__ void merge_unit(const SplitRequest& split, const Load& load, int i) const {
-    const int unit = load.first + i;
-    const Quad quad = Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
-    const int value_step = load.count * kUnitBytes;
-    const int weight_step = load.num_rows * static_cast<int>(sizeof(RowSum));
-    std::uint32_t from = values(split, load) + i * kUnitBytes + lane() * static_cast<int>(sizeof(float4));
-    std::uint32_t weights = sum_at(load, 0, quad.row);
-    float merged[4] = {};
-#pragma unroll 8
-    for (int piece = 0; piece < split.num_pieces; ++piece) {
-      const float4 value = ptx::load_shared_v4(from);
-      const float weight[2] = {ptx::load_shared(weights),
-                               ptx::load_shared(weights + Traits::kQuadRowStep * static_cast<int>(sizeof(RowSum)))};
-      merged[0] = fmaf(weight[Traits::quad_row(0)], value.x, merged[0]);
-      merged[1] = fmaf(weight[Traits::quad_row(1)], value.y, merged[1]);
-      merged[2] = fmaf(weight[Traits::quad_row(2)], value.z, merged[2]);
-      merged[3] = fmaf(weight[Traits::quad_row(3)], value.w, merged[3]);
-      from += value_step;
-      weights += weight_step;
-    }
+  __device__ __forceinline__ static void raise_max(QuadSum& sum, float max0, float max1) {
+    const float scale[2] = {ptx::exp2_approx(sum.max[0] - max0), ptx::exp2_approx(sum.max[1] - max1)};
+    sum.max[0] = max0;
+    sum.max[1] = max1;
+    sum.total[0] *= scale[0];
+    sum.total[1] *= scale[1];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      Element* row;
-      float inverse;
-      ptx::load_shared_v4(result_at(quad.row + r * Traits::kQuadRowStep), row, inverse);
-      if (row != nullptr) write(row + quad.column, merged, r, inverse);
-    }
+    for (int i = 0; i < 4; ++i) sum.value[i] *= scale[Traits::quad_row(i)];
   }
 
-  __device__ __forceinline__ static void write(Element* to, const float (&merged)[4], int r, float inverse) {
-    if constexpr (Traits::kQuadColumnStep == 1) {
-      *reinterpret_cast<std::uint32_t*>(to) = pack<Element>(merged[2 * r] * inverse, merged[2 * r + 1] * inverse);
-    } else {
-      to[0] = convert<Element>(merged[r] * inverse);
-      to[Traits::kQuadColumnStep] = convert<Element>(merged[r + 2] * inverse);
-    }
+  // The sum of a warp's pieces on its way to the first of the sharers.
+  __device__ std::uint32_t shared_sum(int warp) const {
+    return shared_ + 2 * warp * kUnitBytes + lane() * kVectorBytes;
+  }
+  __device__ __forceinline__ void give(const QuadSum& sum) const {
+    const float rows[4] = {sum.max[0], sum.total[0], sum.max[1], sum.total[1]};
+    ptx::store_shared_v4(shared_sum(warp()), sum.value);
+    ptx::store_shared_v4(shared_sum(warp()) + kUnitBytes, rows);
+  }
+  __device__ __forceinline__ void take(QuadSum& sum, int other) const {
+    const std::uint32_t from = shared_sum(warp() + other);
+    const float4 rows = ptx::load_shared_v4(from + kUnitBytes);
+    raise_max(sum, fmaxf(sum.max[0], rows.x), fmaxf(sum.max[1], rows.z));
+    add(sum, ptx::load_shared_v4(from), rows);  // a sum is weighed like a piece
   }
 
   __device__ static int warp() { return threadIdx.x / 32; }
@@ -240,7 +268,9 @@ class Combine {
   const std::uint32_t shared_;
   const int num_bytes_;
   const std::uint32_t met_;
+  const std::uint32_t loaded_;
   std::uint32_t met_phase_ = 0;
+  std::uint32_t loaded_phase_ = 0;
 };
 
 /// Merges the part's slices of split requests, which find_splits has found meanwhile. By all consumer threads, when the
@@ -249,7 +279,7 @@ template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k, int part_idx) {
   Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), Storage::kMergeBytes,
-                          ptx::shared_address(&shared.merge_met));
+                          shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (const SplitRequest& found : shared.plan.splits) {

@@ -17,7 +17,8 @@ namespace flash_mla::sm90 {
 /// behind them and merge split requests (launch.cuh).
 ///
 /// Kernel has Traits, Storage and three functions: init_shared, by all threads; consume, by the consumer warpgroups;
-/// and produce, by the warps of the last warpgroup, numbered from its first one.
+/// and produce, by the warps of the last warpgroup, numbered from its first one. Warp 0 of these has the plan first,
+/// and loads at once; the others wait for it.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -29,18 +30,26 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   const QueryTile tile(params.tiling, blockIdx.x);
 
   Kernel::init_shared(params, shared);
-  ptx::wait_for_previous_grids();
-  if (threadIdx.x / 32 == Traits::kPlanWarp) plan_part(params, CtaRole(params).part_idx, shared.plan);
   __syncthreads();
-  // No launch_dependents: a grid that starts while this one ends is placed on SMs as they come free, which scatters the
-  // CTAs that read the same KV. That cost 3 % at 128 heads.
-
+  ptx::wait_for_previous_grids();
+  if (params.launches_dependents) ptx::launch_dependents();
+  if (threadIdx.x / 32 == Traits::kConsumerWarps) {
+    plan_part(params, CtaRole(params).part_idx, shared.plan);
+  } else {
+    wait_for_plan(shared.plan);
+  }
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
     const CtaRole role(params);
     const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
     Kernel::produce(params, shared, tile, head_k, role, warp);
-    if (threadIdx.x / 32 == Traits::kPlanWarp) find_splits(params, role.part_idx, shared.plan);
+    if (threadIdx.x / 32 == Traits::kSplitsWarp) {
+      find_splits(params, role.part_idx, shared.plan);
+      if (role.computes && threadIdx.x % 32 == 0) {
+        const TileFlags flags(params, tile.index(params.tiling, head_k));
+        publish_pieces<Traits>(params, flags, shared.plan, role.part_idx);
+      }
+    }
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();
     if (const CtaRole role(params); role.computes) {

@@ -36,17 +36,28 @@ __device__ __forceinline__ float inverse_sum(float row_sum) {
   return row_sum > 0.0F ? 1.0F / row_sum : row_sum == 0.0F ? 0.0F : row_sum;
 }
 
+/// `max` in base 2.
+__device__ __forceinline__ float log_sum_exp(float max, float sum) {
+  constexpr float kLn2 = 0.693147180559945309417F;
+  return sum == 0.0F ? INFINITY : (max + log2f(sum)) * kLn2;
+}
+
 /// A tile's memory in a slot of the workspace.
 template <class Traits>
 struct SlotTile {
   float4* quads;  // (warps, quads of a thread, lanes)
-  RowSum* sums;   // (kRows,)
+  float4* pairs;  // (kRows / 2,): (maximum, sum) of two rows that lie in the same quads, see RowSum
+
+  /// Rows of a slot.
+  __device__ static int slot_rows(const DenseDecodeParams& params) {
+    return params.num_heads_k * params.tiling.num_tiles * Traits::kRows;
+  }
 
   /// `tile` counts those of all KV heads.
   __device__ SlotTile(const DenseDecodeParams& params, int slot, int tile) {
     const std::int64_t idx = static_cast<std::int64_t>(slot) * params.num_heads_k * params.tiling.num_tiles + tile;
     quads = reinterpret_cast<float4*>(params.out_accum) + idx * (Traits::kRows * kHeadDimV / 4);
-    sums = params.sum_accum + idx * Traits::kRows;
+    pairs = params.sum_accum + idx * (Traits::kRows / 2);
   }
   /// Where this consumer thread's quads begin; the next is 32 further.
   __device__ float4* own_quads() const {
@@ -64,12 +75,12 @@ struct FinalOutput {
     return static_cast<Element*>(params.out) + request * params.stride_out_batch + at.query * params.stride_out_query +
            at.head * params.stride_out_head;
   }
-  /// `max` in base 2.
-  __device__ void write_lse(const RowCoordinate& at, float max, float sum) const {
-    constexpr float kLn2 = 0.693147180559945309417F;
-    params.lse[request * params.stride_lse_batch + at.head * params.stride_lse_head +
-               at.query * params.stride_lse_query] = sum == 0.0F ? INFINITY : (max + log2f(sum)) * kLn2;
+  __device__ float* lse(const RowCoordinate& at) const {
+    return params.lse + request * params.stride_lse_batch + at.head * params.stride_lse_head +
+           at.query * params.stride_lse_query;
   }
+  /// `max` in base 2.
+  __device__ void write_lse(const RowCoordinate& at, float max, float sum) const { *lse(at) = log_sum_exp(max, sum); }
 };
 
 /// Writes a consumer warpgroup's columns of O.
@@ -107,10 +118,8 @@ class Epilogue {
       quads[i * 32] = make_float4(v[0], v[1], v[2], v[3]);
     }
     if (first_column_ == 0 && threadIdx.x % 4 == 0) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        slot.sums[fragment_row() + 8 * r] = make_float2(row_max[r] * params_.softmax_scale_log2, row_sum[r]);
-      }
+      slot.pairs[threadIdx.x / 4] = make_float4(row_max[0] * params_.softmax_scale_log2, row_sum[0],
+                                                row_max[1] * params_.softmax_scale_log2, row_sum[1]);
     }
   }
 

@@ -26,8 +26,8 @@ struct DenseDecodeKernel {
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&params.q_map);
       ptx::prefetch_tensor_map(&params.k_cache_map);
-      ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.merge_met), Traits::kConsumerThreads);
+      init_plan(shared.plan, Traits::kConsumerThreads);
+      shared.merge_barriers.init(Traits::kConsumerThreads);
       ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
       ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
       for (auto& barrier : shared.exchange_full) {
@@ -35,16 +35,20 @@ struct DenseDecodeKernel {
       }
       ptx::fence_mbarrier_init();
     }
-    const int chunk = static_cast<int>(threadIdx.x) - 32;
-    if (chunk >= 0 && chunk < Traits::kNumChunks) {
-      for (int buffer = 0; buffer < Traits::kNumBuffers; ++buffer) {
-        ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[buffer][chunk]), 1);
-        if (chunk < Traits::kNumPairs) ptx::mbarrier_init(ptx::shared_address(&shared.kv_empty[buffer][chunk]), kWarps);
+    // Not by a lane for each: barriers are initialised one at a time all the same.
+    if (threadIdx.x == 32) {
+      for (auto& buffer : shared.kv_full) {
+        for (auto& barrier : buffer) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
+      }
+      ptx::fence_mbarrier_init();
+    }
+    if (threadIdx.x == 64) {
+      for (auto& buffer : shared.kv_empty) {
+        for (auto& barrier : buffer) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarps);
       }
       ptx::fence_mbarrier_init();
     }
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);
-    ptx::fence_proxy_async();
   }
 
   /// A consumer's walk over the part's pieces.
@@ -67,23 +71,23 @@ struct DenseDecodeKernel {
         epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
       } else {
         epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
-        ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
-        ptx::named_barrier_sync(kConsumersReady, Traits::kConsumerThreads);
-        if (threadIdx.x == 0)
-          TileFlags(params, tile.index(params.tiling, head_k)).publish(params, shared.plan, piece.slot);
+        ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       }
     }
   }
 
-  /// The producer's walk over them. Of the warps, the first one.
+  /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
-    if (warp != 0 || !role.computes) return;
-    Producer<Traits> producer(params, shared);
-    if (!producer.is_active()) return;
-    PieceWalk walk(params, shared.plan.part, role.part_idx);
-    Piece piece;
-    while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
+    if (!role.computes) return;
+    if (warp == 0) {
+      Producer<Traits> producer(params, shared);
+      if (!producer.is_active()) return;
+      PieceWalk walk(params, shared.plan.part, role.part_idx);
+      Piece piece;
+      while (walk.next(piece)) producer.load_piece(piece, head_k);
+    }
+    if (warp == 1 && threadIdx.x % 32 == 0) produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
   }
 };
 

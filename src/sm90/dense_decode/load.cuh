@@ -5,7 +5,6 @@
 #include "sm90/dense_decode/kv_boxes.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
-#include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -22,22 +21,15 @@ class Producer {
       : params_(params),
         boxes_(params),
         lane_(threadIdx.x % 32),
-        q_(ptx::shared_address(shared.q)),
         kv_(ptx::shared_address(shared.kv)),
-        q_full_(ptx::shared_address(&shared.q_full)),
-        q_empty_(ptx::shared_address(&shared.q_empty)),
         kv_full_(ptx::shared_address(shared.kv_full)),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
   /// Whether this lane has boxes to load.
   __device__ bool is_active() const { return boxes_.is_active(); }
 
-  __device__ void load_piece(const Piece& piece, const QueryTile& tile, int head_k) {
-    if (piece.begin_block == piece.end_block) return;
+  __device__ void load_piece(const Piece& piece, int head_k) {
     typename Boxes::Pages pages = boxes_.look_up(piece, piece.begin_block);
-    ptx::mbarrier_wait(q_empty_, q_phase_ ^ 1);
-    q_phase_ ^= 1;
-    if (lane_ == 0) load_query<Traits>(params_, q_, q_full_, piece.request, tile, head_k);
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       const typename Boxes::Pages next_pages = boxes_.look_up(piece, block + 1);  // a block ahead, to hide its latency
       load_block(block, (block - piece.begin_block) % Traits::kNumBuffers, pages, head_k);
@@ -86,8 +78,7 @@ class Producer {
   const DenseDecodeParams& params_;
   const Boxes boxes_;
   const int lane_;
-  const std::uint32_t q_, kv_, q_full_, q_empty_, kv_full_, kv_empty_;
-  std::uint32_t q_phase_ = 0;
+  const std::uint32_t kv_, kv_full_, kv_empty_;
   std::uint32_t kv_phases_ = 0;  // a bit for each buffer
 };
 

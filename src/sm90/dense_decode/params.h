@@ -35,6 +35,10 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
+  /// Whether the next grid may start while this one ends, if launched to overlap. It is then placed on SMs as they come
+  /// free, which scatters the CTAs that read the same KV: that cost 3 % at 128 heads and large batches.
+  bool launches_dependents;
+
   const scheduler::Part* parts;  // (num_parts,), or null: scheduler::WarpPlan
   int num_parts;
 
@@ -50,7 +54,7 @@ struct DenseDecodeParams {
   // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
   // for one that begins it.
   float* out_accum;      // (2 * num_parts, num_heads_k, num_tiles, padded_rows * 512): not normalised, as quads lie
-  RowSum* sum_accum;     // (2 * num_parts, num_heads_k, num_tiles, padded_rows)
+  float4* sum_accum;     // (2 * num_parts, num_heads_k, num_tiles, padded_rows / 2): RowSums of pairs of rows
   std::uint64_t* flags;  // (num_heads_k, num_tiles, kFlagsPerPart * num_parts); contents arbitrary at the start
   std::uint64_t token;   // unique to this launch, never 0
 };

@@ -21,44 +21,73 @@ struct SplitRequest {
   __device__ int slot(int piece) const { return 2 * (first_part + piece) + (piece == 0 ? 1 : 0); }
 };
 
+/// mbarriers for merging splits, in shared memory.
+struct MergeBarriers {
+  std::uint64_t met;     // for an arrival by each consumer thread
+  std::uint64_t loaded;  // for one arrival, with the bytes that are loaded
+
+  __device__ void init(int num_consumer_threads) {
+    ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
+    ptx::mbarrier_init(ptx::shared_address(&loaded), 1);
+  }
+};
+
 /// In shared memory.
 struct PartPlan {
   scheduler::Part part;
   /// The request that the part continues, and the one that it begins and does not end.
   SplitRequest splits[2];
-  std::uint64_t splits_ready;  // an mbarrier for one arrival
+  std::uint64_t ready;         // an mbarrier for one arrival: the part, and where it is planned here the splits
+  std::uint64_t splits_ready;  // one for one arrival
+  /// One for an arrival by each consumer thread: the piece of each split is in the workspace.
+  std::uint64_t piece_written[2];
 };
+
+/// By one thread, which calls fence_mbarrier_init() afterwards.
+__device__ __forceinline__ void init_plan(PartPlan& plan, int num_consumer_threads) {
+  ptx::mbarrier_init(ptx::shared_address(&plan.ready), 1);
+  ptx::mbarrier_init(ptx::shared_address(&plan.splits_ready), 1);
+  for (auto& barrier : plan.piece_written) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads);
+}
+
+__device__ __forceinline__ void wait_for_plan(PartPlan& plan) {
+  ptx::mbarrier_wait(ptx::shared_address(&plan.ready), 0);
+}
 
 __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
   return part.num_pieces > 1 && (part.end_request > part.begin_request || part.begin_block == 0);
 }
 
-/// What the producer asks for first.
-__device__ __forceinline__ void prefetch_first_piece(const DenseDecodeParams& params, const scheduler::Part& part) {
-  const int request = min(max(part.begin_request, 0), params.batch_size - 1);
-  const std::int64_t token = static_cast<std::int64_t>(max(part.begin_block, 0)) * scheduler::kBlockN;
-  if (token >= params.max_seqlen_k) return;
-  ptx::prefetch_l1(params.cache_seqlens + request);
-  ptx::prefetch_l1(params.block_table + request * params.stride_block_table + (token >> params.page_size_log2));
+/// Asks for lengths and pages, as far as a lane for each 128 bytes can, while the plan is on its way: a small batch
+/// waits once for memory, and not three times in turn.
+__device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params) {
+  constexpr int kIntsPerLine = 128 / sizeof(int);
+  const int lane = threadIdx.x % 32;
+  const int line_of_request = lane / params.batch_size;
+  const int request = lane % params.batch_size;
+  if (lane * kIntsPerLine < params.batch_size) ptx::prefetch_l1(params.cache_seqlens + lane * kIntsPerLine);
+  if (line_of_request * kIntsPerLine < params.max_seqlen_k >> params.page_size_log2) {
+    ptx::prefetch_l1(params.block_table + request * params.stride_block_table + line_of_request * kIntsPerLine);
+  }
 }
 
 /// Writes the part, and where it is planned here the splits too. By one warp.
 __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
-  if (params.parts != nullptr) {
-    const scheduler::Part part = params.parts[part_idx];
-    if (threadIdx.x % 32 == 0) {
-      plan.part = part;
-      prefetch_first_piece(params, part);
-    }
-    return;
+  scheduler::Part part;
+  std::int32_t continued_pieces = 0;
+  if (params.parts != nullptr) part = params.parts[part_idx];
+  prefetch_tables(params);
+  if (params.parts == nullptr) {
+    part =
+        scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, continued_pieces);
   }
-  std::int32_t continued_pieces;
-  const scheduler::Part part =
-      scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, continued_pieces);
-  if (threadIdx.x % 32 != 0) return;
-  plan.part = part;
-  plan.splits[0] = {part.begin_request, part.first_part, continued_pieces};
-  plan.splits[1] = {part.end_request, part_idx, begins_a_split(part) ? part.num_pieces : 0};
+  if (threadIdx.x % 32 == 0) {
+    plan.part = part;
+    plan.splits[0] = {part.begin_request, part.first_part, continued_pieces};
+    plan.splits[1] = {part.end_request, part_idx, begins_a_split(part) ? part.num_pieces : 0};
+    ptx::mbarrier_arrive(ptx::shared_address(&plan.ready));
+  }
+  __syncwarp();
 }
 
 /// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/piece.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
@@ -27,10 +28,28 @@ __device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32
   constexpr int kVectorBytes = sizeof(uint4);
   constexpr int kVectors = Traits::kRows * Traits::kRowBytes / kVectorBytes;
   const int first = params.tiling.rows_per_tile() * Traits::kRowBytes / kVectorBytes;
+  if (first == kVectors) return;
   for (int i = first + thread; i < kVectors; i += num_threads) {
     for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
       ptx::store_shared_v4(q + (chunk * kVectors + i) * kVectorBytes, 0, 0, 0, 0);
     }
+  }
+  ptx::fence_proxy_async();
+}
+
+/// Loads Q of each piece. By one thread of another warp, so that KV goes on arriving while consumers end a piece.
+template <class Traits, class Storage>
+__device__ void produce_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile, int head_k,
+                              int part_idx) {
+  std::uint32_t phase = 0;
+  PieceWalk walk(params, shared.plan.part, part_idx);
+  Piece piece;
+  while (walk.next(piece)) {
+    if (piece.begin_block == piece.end_block) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
+    phase ^= 1;
+    load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request, tile,
+                       head_k);
   }
 }
 

@@ -31,7 +31,7 @@ struct TileTraits {
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  static constexpr int kPlanWarp = kNumThreads / 32 - 1;
+  static constexpr int kSplitsWarp = kNumThreads / 32 - 1;
 };
 
 /// Four values of O that a thread holds side by side, float4 in the workspace: two rows by two columns.
@@ -62,6 +62,7 @@ struct DenseDecodeTraits : TileTraits<Element> {
 
   /// Consumer thread's quads, for merging: register 4 * quad of O on. Value i is row step * (i / 2), column i % 2.
   static constexpr int kQuadsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 4;
+  static constexpr int kNumUnits = Base::kConsumerWarps * kQuadsPerThread;
   static constexpr int kQuadRowStep = 8;
   static constexpr int kQuadColumnStep = 1;
   __device__ static constexpr int quad_row(int i) { return i / 2; }
@@ -69,9 +70,10 @@ struct DenseDecodeTraits : TileTraits<Element> {
     return {warp % Base::kWarpgroupWarps * 16 + lane / 4,
             warp / Base::kWarpgroupWarps * kColumnsPerConsumer + 8 * quad + lane % 4 * 2};
   }
-  /// The rows that a warp's quads lie in: kWarpRows from this one on.
-  static constexpr int kWarpRows = 16;
-  __device__ static int first_row(int warp) { return warp % Base::kWarpgroupWarps * kWarpRows; }
+  /// Pairs of rows, tile's row pair p being the p-th that quads lie in: those of a unit, a quad of each lane of a warp.
+  static constexpr int kPairsPerUnit = 8;
+  __device__ static int first_pair(int warp, int) { return warp % Base::kWarpgroupWarps * kPairsPerUnit; }
+  __device__ static int pair_of_lane(int lane) { return lane / 4; }
 };
 
 /// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P
@@ -92,7 +94,7 @@ struct alignas(1024) SharedStorage {
   uint4 exchange[Exchange::kVectors][Traits::kWarpgroupThreads];
   std::uint64_t exchange_full[Traits::kNumConsumers];
   PartPlan plan;
-  std::uint64_t merge_met;
+  MergeBarriers merge_barriers;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];
@@ -101,8 +103,7 @@ struct alignas(1024) SharedStorage {
 
 /// Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int {
-  kConsumersReady = 1,  // both consumer warpgroups
-  kWarpgroupReady = 2,  // + warpgroup: one consumer warpgroup
+  kWarpgroupReady = 1,  // + warpgroup: one consumer warpgroup
 };
 
 }  // namespace flash_mla::sm90

@@ -134,8 +134,8 @@ class NarrowEpilogue {
         FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
       }
     } else {
-      SlotTile<Traits>(params_, piece_.slot, tile_.index(params_.tiling, head_k_)).sums[row] =
-          make_float2(max * params_.softmax_scale_log2, sum);
+      const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
+      reinterpret_cast<RowSum*>(slot.pairs)[row] = make_float2(max * params_.softmax_scale_log2, sum);
     }
   }
 

@@ -25,21 +25,25 @@ struct NarrowDecodeKernel {
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&params.q_map);
       ptx::prefetch_tensor_map(&params.k_cache_map);
-      ptx::mbarrier_init(ptx::shared_address(&shared.plan.splits_ready), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.merge_met), Traits::kConsumerThreads);
+      init_plan(shared.plan, Traits::kConsumerThreads);
+      shared.merge_barriers.init(Traits::kConsumerThreads);
       ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
       ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
       ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
       ptx::fence_mbarrier_init();
     }
-    const int slot = static_cast<int>(threadIdx.x) - 32;
-    if (slot >= 0 && slot < Traits::kNumSlots) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[slot]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.kv_empty[slot]), Traits::kWarpgroupWarps);
+    // Not by a lane for each: barriers are initialised one at a time all the same.
+    if (threadIdx.x == 32) {
+      for (auto& barrier : shared.kv_full) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
+      ptx::fence_mbarrier_init();
+    }
+    if (threadIdx.x == 64) {
+      for (auto& barrier : shared.kv_empty) {
+        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);
+      }
       ptx::fence_mbarrier_init();
     }
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);
-    ptx::fence_proxy_async();
   }
 
   /// A consumer's walk over the part's pieces.
@@ -53,12 +57,7 @@ struct NarrowDecodeKernel {
       consumer.reset();
       if (piece.begin_block < piece.end_block) consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
       NarrowEpilogue<Traits>(params, shared, piece, tile, head_k, warpgroup).write(consumer);
-      if (!piece.is_whole) {
-        ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
-        consumer.meet_other();
-        if (threadIdx.x == 0)
-          TileFlags(params, tile.index(params.tiling, head_k)).publish(params, shared.plan, piece.slot);
-      }
+      if (!piece.is_whole) ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
     }
   }
 

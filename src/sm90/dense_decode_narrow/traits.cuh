@@ -30,6 +30,7 @@ struct NarrowTraits : TileTraits<Element> {
   /// Consumer thread's quads, for merging: register 4 * quad of its own chunks on. Value i is row i % 2, column step *
   /// (i / 2).
   static constexpr int kQuadsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 4;
+  static constexpr int kNumUnits = Base::kConsumerWarps * kQuadsPerThread;
   static constexpr int kQuadRowStep = 1;
   static constexpr int kQuadColumnStep = 8;
   __device__ static constexpr int quad_row(int i) { return i % 2; }
@@ -39,9 +40,10 @@ struct NarrowTraits : TileTraits<Element> {
     return {quad % kQuadsPerChunk * 8 + lane % 4 * 2,
             chunk * Base::kChunkColumns + warp % Base::kWarpgroupWarps * 16 + lane / 4};
   }
-  /// The rows that a warp's quads lie in: kWarpRows from this one on.
-  static constexpr int kWarpRows = kRows;
-  __device__ static int first_row(int) { return 0; }
+  /// Pairs of rows, tile's row pair p being the p-th that quads lie in: those of a unit, a quad of each lane of a warp.
+  static constexpr int kPairsPerUnit = 4;
+  __device__ static int first_pair(int, int quad) { return quad % (kAccumulators / 4) * kPairsPerUnit; }
+  __device__ static int pair_of_lane(int lane) { return lane % 4; }
 
   static_assert(kRows == 16 || kRows == 32, "as there are wgmma wrappers");
   static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
@@ -61,7 +63,7 @@ struct alignas(1024) NarrowStorage {
   float row_max[Traits::kNumConsumers][Traits::kRows];
   float scale[Traits::kNumConsumers][Traits::kRows];
   PartPlan plan;
-  std::uint64_t merge_met;
+  MergeBarriers merge_barriers;
   std::uint64_t q_full;
   std::uint64_t q_empty;
   std::uint64_t consumers_met;

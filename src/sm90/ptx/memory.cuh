@@ -18,10 +18,10 @@ __device__ __forceinline__ std::uint64_t load_acquire(const std::uint64_t* addre
   return value;
 }
 
-/// Returns the value before.
+/// Returns the value before. Acquires, and does not release: a release waits for all that the SM has written.
 __device__ __forceinline__ std::uint64_t atomic_add(std::uint64_t* address, std::uint64_t value) {
   std::uint64_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
+  asm volatile("atom.add.acquire.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
   return before;
 }
 

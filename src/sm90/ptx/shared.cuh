@@ -27,6 +27,10 @@ __device__ __forceinline__ void load_shared_v4(std::uint32_t address, std::uint3
 __device__ __forceinline__ void store_shared(std::uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
+__device__ __forceinline__ void store_shared_v4(std::uint32_t address, const float (&v)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
 __device__ __forceinline__ float load_shared(std::uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
@@ -64,6 +68,9 @@ __device__ __forceinline__ void load_shared_v4(std::uint32_t address, T*& pointe
 /// Orders this thread's ordinary accesses of shared memory before what the async proxy (wgmma, bulk copies) does with
 /// it after a later barrier. PTX ISA, "membar / fence", proxy fences.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// The same for what other threads have written to global memory, and this one has been told of.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 /// Keeps the compiler from computing anything from `value` ahead of this point.
 __device__ __forceinline__ void launder(std::uint32_t& value) { asm volatile("" : "+r"(value)); }
