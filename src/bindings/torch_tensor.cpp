@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <unordered_map>
 #include <utility>
@@ -21,11 +22,18 @@ using EmptyStrided = std::int32_t (*)(std::int64_t rank, const std::int64_t* sha
                                       Handle* result);
 using GetDataPtr = std::int32_t (*)(Handle tensor, void** data);
 using DeleteTensor = std::int32_t (*)(Handle tensor);
+// The same, of builds with CUDA. On the current device, in the order of its current stream.
+using AllocateBytes = std::int32_t (*)(std::uint64_t num_bytes, void** data);
+using FreeBytes = std::int32_t (*)(void* data);
 
 /// PyObject* THPVariable_Wrap(const at::TensorBase&), by which every extension of PyTorch makes its results. The types
 /// are part of the symbol's name: should they change, it isn't found.
 using Wrap = PyObject* (*)(Handle tensor);
 constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapRKN2at10TensorBaseE";
+
+/// c10::DeviceIndex c10::cuda::current_device(), which knows devices that PyTorch has only meant to make current.
+using CurrentDevice = std::int8_t (*)();
+constexpr const char* kCurrentDeviceSymbol = "_ZN3c104cuda14current_deviceEv";
 
 /// bool c10::impl::TorchDispatchModeTLS::any_modes_set(bool skip_infra_modes)
 using AnyModesSet = bool (*)(bool skip_infra_modes);
@@ -41,10 +49,17 @@ struct Library {
   DeleteTensor delete_tensor = nullptr;
   Wrap wrap = nullptr;
   AnyModesSet any_modes_set = nullptr;
+  AllocateBytes allocate_bytes = nullptr;
+  FreeBytes free_bytes = nullptr;
+  CurrentDevice current_device = nullptr;
 
   bool is_complete() const {
     return exchange_api != nullptr && no_dispatch != nullptr && empty_strided != nullptr && get_data_ptr != nullptr &&
            delete_tensor != nullptr && wrap != nullptr && any_modes_set != nullptr;
+  }
+
+  bool can_allocate_bytes() const {
+    return allocate_bytes != nullptr && free_bytes != nullptr && current_device != nullptr;
   }
 };
 
@@ -109,6 +124,9 @@ void find(nb::handle type) {
   find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
   find_function("libtorch_python.so", kWrapSymbol, found.wrap);
   find_function("libc10.so", kAnyModesSetSymbol, found.any_modes_set);
+  find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_alloc", found.allocate_bytes);
+  find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_delete", found.free_bytes);
+  find_function("libc10_cuda.so", kCurrentDeviceSymbol, found.current_device);
   if (found.is_complete()) library = found;
 }
 
@@ -177,6 +195,20 @@ nb::object NewTensor::to_python() const {
   PyObject* const object = library.wrap(handle_);
   if (object == nullptr) throw nb::python_error();
   return nb::steal(object);
+}
+
+Workspace::Workspace(Device device, std::size_t num_bytes) {
+  if (num_bytes == 0) return;
+  if (library.can_allocate_bytes() && library.current_device() == device.index) {
+    if (library.allocate_bytes(num_bytes, &bytes_) == 0) data_ = bytes_;
+  } else {
+    tensor_ = NewTensor(DType::kUInt8, device, {static_cast<std::int64_t>(num_bytes)});
+    data_ = tensor_.view().data;
+  }
+}
+
+Workspace::~Workspace() {
+  if (bytes_ != nullptr) library.free_bytes(bytes_);
 }
 
 }  // namespace flash_mla::bindings::torch

@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 
@@ -60,6 +61,25 @@ class NewTensor {
  private:
   void* handle_ = nullptr;
   Tensor view_;
+};
+
+/// Memory of a GPU from PyTorch's allocator, in the order of the device's current stream: given back at the end of the
+/// scope, kept for a graph that is being captured. There is a tensor around it only where this PyTorch has no other
+/// way, or the device isn't the current one. Needs no GIL.
+class Workspace {
+ public:
+  Workspace(Device device, std::size_t num_bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  /// Null where PyTorch failed, and where no bytes are wanted.
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  void* bytes_ = nullptr;
+  NewTensor tensor_;
 };
 
 }  // namespace flash_mla::bindings::torch
