@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <unordered_map>
 #include <utility>
 
@@ -26,10 +27,38 @@ using DeleteTensor = std::int32_t (*)(Handle tensor);
 using AllocateBytes = std::int32_t (*)(std::uint64_t num_bytes, void** data);
 using FreeBytes = std::int32_t (*)(void* data);
 
-/// PyObject* THPVariable_Wrap(const at::TensorBase&), by which every extension of PyTorch makes its results. The types
-/// are part of the symbol's name: should they change, it isn't found.
+// From here on, the types of arguments are part of the symbols' names: should they change, these aren't found.
+
+/// PyObject* THPVariable_Wrap(at::TensorBase&&), by which every extension of PyTorch makes its results.
 using Wrap = PyObject* (*)(Handle tensor);
-constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapRKN2at10TensorBaseE";
+constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapON2at10TensorBaseE";
+
+/// at::TensorBase, which functions return in memory that the caller names, as it can't be copied bit by bit.
+struct TensorBase {
+  TensorBase(const TensorBase&) = delete;
+  void* counted;
+};
+static_assert(sizeof(TensorBase) == sizeof(void*), "c10::intrusive_ptr");
+
+/// c10::IntArrayRef
+struct IntArrayRef {
+  const std::int64_t* data;
+  std::size_t size;
+};
+
+/// std::optional<c10::Device>
+struct OptionalDevice {
+  std::int8_t type;
+  std::int8_t index;
+  bool has_value;
+};
+
+/// at::TensorBase at::detail::empty_strided_cuda(c10::IntArrayRef, c10::IntArrayRef, c10::ScalarType,
+/// std::optional<c10::Device>), which is where aoti_torch_empty_strided gets to by way of PyTorch's dispatcher.
+using EmptyStridedCuda = TensorBase (*)(IntArrayRef shape, IntArrayRef strides, std::int8_t dtype,
+                                        OptionalDevice device);
+constexpr const char* kEmptyStridedCudaSymbol =
+    "_ZN2at6detail18empty_strided_cudaEN3c108ArrayRefIlEES3_NS1_10ScalarTypeESt8optionalINS1_6DeviceEE";
 
 /// c10::DeviceIndex c10::cuda::current_device(), which knows devices that PyTorch has only meant to make current.
 using CurrentDevice = std::int8_t (*)();
@@ -49,6 +78,7 @@ struct Library {
   DeleteTensor delete_tensor = nullptr;
   Wrap wrap = nullptr;
   AnyModesSet any_modes_set = nullptr;
+  EmptyStridedCuda empty_strided_cuda = nullptr;
   AllocateBytes allocate_bytes = nullptr;
   FreeBytes free_bytes = nullptr;
   CurrentDevice current_device = nullptr;
@@ -112,6 +142,26 @@ std::int32_t scalar_type(DType dtype) {
 /// c10::DeviceType
 std::int32_t device_type(Device device) { return device.type == DeviceType::kCpu ? 0 : 1; }
 
+/// A new tensor of this shape, dtype and device. Null where PyTorch failed.
+Handle make_tensor(const Tensor& like) {
+  const std::int32_t dtype = scalar_type(like.dtype);
+  const std::int32_t type = device_type(like.device);
+  if (like.device.type == DeviceType::kCuda && library.empty_strided_cuda != nullptr) {
+    const auto rank = static_cast<std::size_t>(like.rank);
+    try {
+      return new TensorBase(library.empty_strided_cuda(
+          {like.shape.data(), rank}, {like.strides.data(), rank}, static_cast<std::int8_t>(dtype),
+          {static_cast<std::int8_t>(type), static_cast<std::int8_t>(like.device.index), true}));
+    } catch (const std::exception&) {
+      return nullptr;
+    }
+  }
+  Handle handle = nullptr;
+  const std::int32_t status =
+      library.empty_strided(like.rank, like.shape.data(), like.strides.data(), dtype, type, like.device.index, &handle);
+  return status == 0 ? handle : nullptr;
+}
+
 }  // namespace
 
 void find(nb::handle type) {
@@ -124,6 +174,7 @@ void find(nb::handle type) {
   find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
   find_function("libtorch_python.so", kWrapSymbol, found.wrap);
   find_function("libc10.so", kAnyModesSetSymbol, found.any_modes_set);
+  find_function("libtorch_cuda.so", kEmptyStridedCudaSymbol, found.empty_strided_cuda);
   find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_alloc", found.allocate_bytes);
   find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_delete", found.free_bytes);
   find_function("libc10_cuda.so", kCurrentDeviceSymbol, found.current_device);
@@ -167,11 +218,8 @@ NewTensor::NewTensor(DType dtype, Device device, std::initializer_list<std::int6
     view_.strides[i] = stride;
     stride *= std::max<std::int64_t>(view_.shape[i], 1);
   }
-  Handle handle = nullptr;
-  if (library.empty_strided(view_.rank, view_.shape.data(), view_.strides.data(), scalar_type(dtype),
-                            device_type(device), device.index, &handle) != 0) {
-    return;
-  }
+  Handle const handle = make_tensor(view_);
+  if (handle == nullptr) return;
   if (library.get_data_ptr(handle, &view_.data) != 0) {
     library.delete_tensor(handle);
     return;
@@ -191,7 +239,7 @@ NewTensor& NewTensor::operator=(NewTensor&& other) noexcept {
   return *this;
 }
 
-nb::object NewTensor::to_python() const {
+nb::object NewTensor::to_python() {
   PyObject* const object = library.wrap(handle_);
   if (object == nullptr) throw nb::python_error();
   return nb::steal(object);

@@ -55,8 +55,8 @@ class NewTensor {
   explicit operator bool() const { return handle_ != nullptr; }
   const Tensor& view() const { return view_; }
 
-  /// The torch.Tensor. The GIL is held.
-  nanobind::object to_python() const;
+  /// The torch.Tensor, which is not to be asked for again. The GIL is held.
+  nanobind::object to_python();
 
  private:
   void* handle_ = nullptr;
