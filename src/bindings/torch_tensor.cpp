@@ -64,6 +64,11 @@ constexpr const char* kEmptyStridedCudaSymbol =
 using CurrentDevice = std::int8_t (*)();
 constexpr const char* kCurrentDeviceSymbol = "_ZN3c104cuda14current_deviceEv";
 
+/// void at::toDLPackNonOwning(const at::Tensor&, DLTensor*), which throws where there is no memory to look at. The
+/// exchange table's function is this, after it has taken the GIL and a share in the tensor: three times the work.
+using View = void (*)(const TensorBase& tensor, dlpack::dltensor* view);
+constexpr const char* kViewSymbol = "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor";
+
 /// bool c10::impl::TorchDispatchModeTLS::any_modes_set(bool skip_infra_modes)
 using AnyModesSet = bool (*)(bool skip_infra_modes);
 constexpr const char* kAnyModesSetSymbol = "_ZN3c104impl20TorchDispatchModeTLS13any_modes_setEb";
@@ -78,6 +83,7 @@ struct Library {
   DeleteTensor delete_tensor = nullptr;
   Wrap wrap = nullptr;
   AnyModesSet any_modes_set = nullptr;
+  View view = nullptr;
   EmptyStridedCuda empty_strided_cuda = nullptr;
   AllocateBytes allocate_bytes = nullptr;
   FreeBytes free_bytes = nullptr;
@@ -104,18 +110,39 @@ void find_function(const char* file, const char* symbol, Function& function) {
   dlclose(handle);
 }
 
+PyTypeObject* as_type(nb::handle type) { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
+
 /// Looked up once per type, which find_exchange_api keeps alive.
 bool is_ordinary_type(nb::handle type) {
   static auto* cache = new std::unordered_map<PyObject*, bool>;
   if (const auto it = cache->find(type.ptr()); it != cache->end()) return it->second;
-  const bool is_ordinary = find_exchange_api(type) == library.exchange_api &&
+  const bool is_ordinary = PyType_IsSubtype(as_type(type), as_type(library.tensor_type)) != 0 &&
+                           find_exchange_api(type) == library.exchange_api &&
                            nb::getattr(type, kDispatchAttribute, nb::none()).ptr() == library.no_dispatch;
   cache->emplace(type.ptr(), is_ordinary);
   return is_ordinary;
 }
 
+/// What the Python object of a tensor holds, right behind what every Python object begins with.
+const TensorBase& held_tensor(nb::handle tensor) {
+  return *reinterpret_cast<const TensorBase*>(reinterpret_cast<const char*>(tensor.ptr()) + sizeof(PyObject));
+}
+
+/// Whether it is there: tensors tell the address of what they count.
+bool is_held_tensor_found(nb::handle tensor) {
+  return held_tensor(tensor).counted == reinterpret_cast<void*>(nb::cast<std::uintptr_t>(tensor.attr("_cdata")));
+}
+
 /// False, and no Python error, where the tensor has no memory to look at.
 bool get_view(nb::handle tensor, dlpack::dltensor& view) {
+  if (library.view != nullptr) {
+    try {
+      library.view(held_tensor(tensor), &view);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
   if (library.exchange_api->view(tensor.ptr(), &view) == 0) return true;
   PyErr_Clear();
   return false;
@@ -174,11 +201,15 @@ void find(nb::handle type) {
   find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
   find_function("libtorch_python.so", kWrapSymbol, found.wrap);
   find_function("libc10.so", kAnyModesSetSymbol, found.any_modes_set);
+  find_function("libtorch_cpu.so", kViewSymbol, found.view);
   find_function("libtorch_cuda.so", kEmptyStridedCudaSymbol, found.empty_strided_cuda);
   find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_alloc", found.allocate_bytes);
   find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_delete", found.free_bytes);
   find_function("libc10_cuda.so", kCurrentDeviceSymbol, found.current_device);
-  if (found.is_complete()) library = found;
+  if (!found.is_complete()) return;
+  library = found;
+  NewTensor any(DType::kUInt8, {DeviceType::kCpu, 0}, {1});
+  if (!any || !is_held_tensor_found(any.to_python())) library.view = nullptr;
 }
 
 bool is_tensor(nb::handle array) {
