@@ -8,9 +8,9 @@
 
 #include "flash_mla/tensor.h"
 
-/// The short way for PyTorch's tensors: read through the exchange table of their type, and made by the C functions that
-/// PyTorch has for compiled models. These are looked up in the process, so nothing is linked and no build of PyTorch
-/// must match.
+/// The short way for PyTorch's tensors: read by what DLPack's exchange table of their type comes down to, and made by
+/// the C functions that PyTorch has for compiled models, or by what these come down to. All are looked up in the
+/// process, so nothing is linked and no build of PyTorch must match.
 ///
 /// New tensors don't come through DLPack, which would be as fast: PyTorch takes memory that it imports for somebody
 /// else's, and of such a tensor record_stream() does nothing and resize_() fails.
