@@ -65,7 +65,7 @@ using CurrentDevice = std::int8_t (*)();
 constexpr const char* kCurrentDeviceSymbol = "_ZN3c104cuda14current_deviceEv";
 
 /// void at::toDLPackNonOwning(const at::Tensor&, DLTensor*), which throws where there is no memory to look at. The
-/// exchange table's function is this, after it has taken the GIL and a share in the tensor: three times the work.
+/// exchange table's function calls it, and does two to three times the work around it.
 using View = void (*)(const TensorBase& tensor, dlpack::dltensor* view);
 constexpr const char* kViewSymbol = "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor";
 
