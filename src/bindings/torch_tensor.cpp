@@ -201,7 +201,6 @@ void find(nb::handle type) {
   find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
   find_function("libtorch_python.so", kWrapSymbol, found.wrap);
   find_function("libc10.so", kAnyModesSetSymbol, found.any_modes_set);
-  find_function("libtorch_cpu.so", kViewSymbol, found.view);
   find_function("libtorch_cuda.so", kEmptyStridedCudaSymbol, found.empty_strided_cuda);
   find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_alloc", found.allocate_bytes);
   find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_delete", found.free_bytes);
@@ -209,7 +208,7 @@ void find(nb::handle type) {
   if (!found.is_complete()) return;
   library = found;
   NewTensor any(DType::kUInt8, {DeviceType::kCpu, 0}, {1});
-  if (!any || !is_held_tensor_found(any.to_python())) library.view = nullptr;
+  if (any && is_held_tensor_found(any.to_python())) find_function("libtorch_cpu.so", kViewSymbol, library.view);
 }
 
 bool is_tensor(nb::handle array) {
