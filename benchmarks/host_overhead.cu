@@ -118,6 +118,10 @@ void measure_launches(cudaStream_t stream) {
                               cuda::Overlap::kWithPrevious);
     launch(empty_kernel, params);
   });
+  measure("bare launch: cudaLaunchKernelExC, cooperative", [&] {
+    cuda::Launch launch("empty_kernel", dim3(1), dim3(kThreads), kSharedBytes, stream, cuda::Overlap::kWithPrevious);
+    launch.all_resident(empty_kernel, params);
+  });
   cudaFunction_t function = nullptr;
   cuda::check(cudaGetFuncBySymbol(&function, reinterpret_cast<const void*>(empty_kernel)), "cudaGetFuncBySymbol");
   const DriverLaunch launch_function(function, stream);
@@ -129,17 +133,35 @@ void measure_launches(cudaStream_t stream) {
   measure("bare launch: cuLaunchKernelEx of a CUkernel", [&] { launch_kernel(params); });
 }
 
+/// Two of them: a call needs as many.
+void measure_tensor_maps(const DenseDecodeArguments& args) {
+  cuda::TensorMapArguments map{args.k_cache.data,
+                               DType::kBFloat16,
+                               {kHeadDimQk, 64, 1, 1},
+                               {kHeadDimQk, kHeadDimQk, kHeadDimQk},
+                               {64, 64, 1, 1}};
+  cuda::TensorMap q_map;
+  cuda::TensorMap k_cache_map;
+  const auto encode_both = [&] {
+    q_map.encode(map);
+    k_cache_map.encode(map);
+  };
+  void* const addresses[] = {args.k_cache.data, args.q.data};
+  int i = 0;
+  measure("two tensor maps: the same again", encode_both);
+  measure("two tensor maps: with another address", [&] {
+    map.data = addresses[++i % 2];
+    encode_both();
+  });
+  measure("two tensor maps: with another shape", [&] {
+    map.shape[3] = 1 + ++i % 2;
+    encode_both();
+  });
+}
+
 void measure_pieces(const DenseDecodeArguments& args, cudaStream_t stream) {
   measure("dense_decode_workspace_size: checks, layout", [&] { dense_decode_workspace_size(args); });
-  measure("two tensor maps", [&] {
-    const cuda::TensorMapArguments map{args.k_cache.data,
-                                       DType::kBFloat16,
-                                       {kHeadDimQk, 64, 1, 1},
-                                       {kHeadDimQk, kHeadDimQk, kHeadDimQk},
-                                       {64, 64, 1, 1}};
-    cuda::make_tensor_map(map);
-    cuda::make_tensor_map(map);
-  });
+  measure_tensor_maps(args);
   measure("cudaGetDevice", [] {
     int device = 0;
     cudaGetDevice(&device);

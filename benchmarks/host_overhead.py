@@ -85,6 +85,11 @@ def pieces_of_a_call() -> dict[str, Callable[[], Any]]:
     q, k_cache, block_table, cache_seqlens, out, lse = arrays()
     metadata, splits = get_mla_metadata(cache_seqlens, TINY.num_q_tokens_per_head_k, TINY.num_heads_k)
     decode, scale = _C.torch_dense_decode, 576**-0.5
+    num_bytes = _C.dense_decode_workspace_size(
+        q, k_cache, block_table, cache_seqlens, out, lse, metadata, splits, scale, False
+    )
+    allocate, free = torch._C._cuda_cudaCachingAllocator_raw_alloc, torch._C._cuda_cudaCachingAllocator_raw_delete
+    stream = torch.cuda.current_stream().cuda_stream
     return {
         "compiled module, metadata given": lambda: decode(
             q, k_cache, block_table, cache_seqlens, None, None, metadata, splits, scale, False, None
@@ -93,7 +98,10 @@ def pieces_of_a_call() -> dict[str, Callable[[], Any]]:
             q, k_cache, block_table, cache_seqlens, out, lse, metadata, splits, scale, False, None
         ),
         "a launch by PyTorch (torch.cuda._sleep)": lambda: torch.cuda._sleep(0),
-        "a torch.empty of bytes, made and freed": lambda: torch.empty(4096, dtype=torch.uint8, device="cuda"),
+        "a torch.empty of the workspace, made and freed": lambda: torch.empty(
+            num_bytes, dtype=torch.uint8, device="cuda"
+        ),
+        "the workspace's bytes without a tensor, likewise": lambda: free(allocate(num_bytes, stream)),
     }
 
 

@@ -123,11 +123,15 @@ inline void check_rows(Argument arg) {
   if (arg.tensor.device.type == DeviceType::kCuda) check_vector_strides(arg);
 }
 
-inline void check_address(Argument arg, std::int64_t alignment) {
-  if (is_empty(arg.tensor)) return;
+inline void check_address_of_data(Argument arg, std::int64_t alignment) {
   if (arg.tensor.data == nullptr || !is_multiple(reinterpret_cast<std::uintptr_t>(arg.tensor.data), alignment)) {
     fail_address(arg, alignment);
   }
+}
+
+/// A tensor without elements may have any address.
+inline void check_address(Argument arg, std::int64_t alignment) {
+  if (!is_empty(arg.tensor)) check_address_of_data(arg, alignment);
 }
 
 /// What the address of a tensor of rows must be a multiple of.
@@ -135,19 +139,24 @@ inline std::int64_t row_alignment(const Tensor& t) {
   return t.device.type == DeviceType::kCuda ? kVectorBytes : element_size(t.dtype);
 }
 
+/// Bytes from a tensor's first element to its last, both included; strides are not negative. 0 where it has none.
+inline std::int64_t num_bytes(const Tensor& t) {
+  if (is_empty(t)) return 0;
+  std::int64_t last = 0;
+  for (int i = 0; i < t.rank; ++i) last += t.shape[i] > 1 ? (t.shape[i] - 1) * t.strides[i] : 0;
+  return (last + 1) * element_size(t.dtype);
+}
+
 /// The memory between a tensor's first and last element; nothing where it has no elements.
 struct Span {
-  explicit Span(Argument argument) : arg(argument) {
-    const Tensor& t = arg.tensor;
-    if (is_empty(t)) return;
-    std::int64_t last = 0;  // both ends are what it touches, as strides are not negative
-    for (int i = 0; i < t.rank; ++i) last += t.shape[i] > 1 ? (t.shape[i] - 1) * t.strides[i] : 0;
-    begin = reinterpret_cast<std::uintptr_t>(t.data);
-    end = begin + (last + 1) * element_size(t.dtype);
-  }
+  explicit Span(Argument argument) : Span(argument, num_bytes(argument.tensor)) {}
+  Span(Argument argument, std::int64_t bytes)
+      : arg(argument),
+        begin(bytes > 0 ? reinterpret_cast<std::uintptr_t>(argument.tensor.data) : 0),
+        end(begin + static_cast<std::uintptr_t>(bytes)) {}
   Argument arg;
-  std::uintptr_t begin = 0;
-  std::uintptr_t end = 0;
+  std::uintptr_t begin;
+  std::uintptr_t end;
 };
 
 [[noreturn]] void fail_apart(const Span& output, const Span& other);

@@ -88,22 +88,24 @@ bool is_empty(const DenseDecodeShape& shape) { return shape.batch_size == 0 || s
 /// Strides as the copy engine takes them: a dimension of one element may have any stride, and it wants a legal one.
 std::int64_t map_stride(const Tensor& t, int dim) { return t.shape[dim] > 1 ? t.strides[dim] : t.shape[t.rank - 1]; }
 
-CUtensorMap make_q_map(const Tensor& q, const sm90::QueryTiling& tiling) {
-  return cuda::make_tensor_map({q.data,
-                                q.dtype,
-                                {q.shape[3], q.shape[2], q.shape[1], q.shape[0]},
-                                {map_stride(q, 2), map_stride(q, 1), map_stride(q, 0)},
-                                {kChunkColumns, tiling.heads_per_tile, tiling.queries_per_tile, 1}});
+const CUtensorMap& make_q_map(const Tensor& q, const sm90::QueryTiling& tiling) {
+  static thread_local cuda::TensorMap map;
+  return map.encode({q.data,
+                     q.dtype,
+                     {q.shape[3], q.shape[2], q.shape[1], q.shape[0]},
+                     {map_stride(q, 2), map_stride(q, 1), map_stride(q, 0)},
+                     {kChunkColumns, tiling.heads_per_tile, tiling.queries_per_tile, 1}});
 }
 
-CUtensorMap make_k_cache_map(const Tensor& k, int box_tokens, const void* any_address) {
+const CUtensorMap& make_k_cache_map(const Tensor& k, int box_tokens, const void* any_address) {
+  static thread_local cuda::TensorMap map;
   // A cache without pages is never read, but the map wants an address and an extent.
   void* data = k.shape[0] > 0 ? k.data : const_cast<void*>(any_address);
-  return cuda::make_tensor_map({data,
-                                k.dtype,
-                                {k.shape[3], k.shape[1], k.shape[2], std::max<std::int64_t>(k.shape[0], 1)},
-                                {map_stride(k, 1), map_stride(k, 2), map_stride(k, 0)},
-                                {kChunkColumns, box_tokens, 1, 1}});
+  return map.encode({data,
+                     k.dtype,
+                     {k.shape[3], k.shape[1], k.shape[2], std::max<std::int64_t>(k.shape[0], 1)},
+                     {map_stride(k, 1), map_stride(k, 2), map_stride(k, 0)},
+                     {kChunkColumns, box_tokens, 1, 1}});
 }
 
 int log2_of(std::int64_t power_of_two) {

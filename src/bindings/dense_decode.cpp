@@ -130,12 +130,9 @@ bool allocate_and_decode(DenseDecodeArguments& args, torch::NewTensor& out, torc
     args.lse = lse.view();
   }
   const std::size_t workspace_bytes = remembered_workspace_size(args);
-  torch::NewTensor workspace;
-  if (workspace_bytes > 0) {
-    workspace = torch::NewTensor(DType::kUInt8, args.q.device, {static_cast<std::int64_t>(workspace_bytes)});
-    if (!workspace) return false;
-  }
-  dense_decode(args, workspace.view().data, workspace_bytes, stream);
+  const torch::Workspace workspace(args.q.device, workspace_bytes);
+  if (workspace_bytes > 0 && workspace.data() == nullptr) return false;
+  dense_decode(args, workspace.data(), workspace_bytes, stream);
   return true;
 }
 

@@ -3,7 +3,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <unordered_map>
 #include <utility>
 
@@ -21,11 +23,51 @@ using EmptyStrided = std::int32_t (*)(std::int64_t rank, const std::int64_t* sha
                                       Handle* result);
 using GetDataPtr = std::int32_t (*)(Handle tensor, void** data);
 using DeleteTensor = std::int32_t (*)(Handle tensor);
+// The same, of builds with CUDA. On the current device, in the order of its current stream.
+using AllocateBytes = std::int32_t (*)(std::uint64_t num_bytes, void** data);
+using FreeBytes = std::int32_t (*)(void* data);
 
-/// PyObject* THPVariable_Wrap(const at::TensorBase&), by which every extension of PyTorch makes its results. The types
-/// are part of the symbol's name: should they change, it isn't found.
+// From here on, the types of arguments are part of the symbols' names: should they change, these aren't found.
+
+/// PyObject* THPVariable_Wrap(at::TensorBase&&), by which every extension of PyTorch makes its results.
 using Wrap = PyObject* (*)(Handle tensor);
-constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapRKN2at10TensorBaseE";
+constexpr const char* kWrapSymbol = "_Z16THPVariable_WrapON2at10TensorBaseE";
+
+/// at::TensorBase, which functions return in memory that the caller names, as it can't be copied bit by bit.
+struct TensorBase {
+  TensorBase(const TensorBase&) = delete;
+  void* counted;
+};
+static_assert(sizeof(TensorBase) == sizeof(void*), "c10::intrusive_ptr");
+
+/// c10::IntArrayRef
+struct IntArrayRef {
+  const std::int64_t* data;
+  std::size_t size;
+};
+
+/// std::optional<c10::Device>
+struct OptionalDevice {
+  std::int8_t type;
+  std::int8_t index;
+  bool has_value;
+};
+
+/// at::TensorBase at::detail::empty_strided_cuda(c10::IntArrayRef, c10::IntArrayRef, c10::ScalarType,
+/// std::optional<c10::Device>), which is where aoti_torch_empty_strided gets to by way of PyTorch's dispatcher.
+using EmptyStridedCuda = TensorBase (*)(IntArrayRef shape, IntArrayRef strides, std::int8_t dtype,
+                                        OptionalDevice device);
+constexpr const char* kEmptyStridedCudaSymbol =
+    "_ZN2at6detail18empty_strided_cudaEN3c108ArrayRefIlEES3_NS1_10ScalarTypeESt8optionalINS1_6DeviceEE";
+
+/// c10::DeviceIndex c10::cuda::current_device(), which knows devices that PyTorch has only meant to make current.
+using CurrentDevice = std::int8_t (*)();
+constexpr const char* kCurrentDeviceSymbol = "_ZN3c104cuda14current_deviceEv";
+
+/// void at::toDLPackNonOwning(const at::Tensor&, DLTensor*), which throws where there is no memory to look at. The
+/// exchange table's function calls it, and does two to three times the work around it.
+using View = void (*)(const TensorBase& tensor, dlpack::dltensor* view);
+constexpr const char* kViewSymbol = "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor";
 
 /// bool c10::impl::TorchDispatchModeTLS::any_modes_set(bool skip_infra_modes)
 using AnyModesSet = bool (*)(bool skip_infra_modes);
@@ -41,10 +83,19 @@ struct Library {
   DeleteTensor delete_tensor = nullptr;
   Wrap wrap = nullptr;
   AnyModesSet any_modes_set = nullptr;
+  View view = nullptr;
+  EmptyStridedCuda empty_strided_cuda = nullptr;
+  AllocateBytes allocate_bytes = nullptr;
+  FreeBytes free_bytes = nullptr;
+  CurrentDevice current_device = nullptr;
 
   bool is_complete() const {
     return exchange_api != nullptr && no_dispatch != nullptr && empty_strided != nullptr && get_data_ptr != nullptr &&
            delete_tensor != nullptr && wrap != nullptr && any_modes_set != nullptr;
+  }
+
+  bool can_allocate_bytes() const {
+    return allocate_bytes != nullptr && free_bytes != nullptr && current_device != nullptr;
   }
 };
 
@@ -59,18 +110,39 @@ void find_function(const char* file, const char* symbol, Function& function) {
   dlclose(handle);
 }
 
+PyTypeObject* as_type(nb::handle type) { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
+
 /// Looked up once per type, which find_exchange_api keeps alive.
 bool is_ordinary_type(nb::handle type) {
   static auto* cache = new std::unordered_map<PyObject*, bool>;
   if (const auto it = cache->find(type.ptr()); it != cache->end()) return it->second;
-  const bool is_ordinary = find_exchange_api(type) == library.exchange_api &&
+  const bool is_ordinary = PyType_IsSubtype(as_type(type), as_type(library.tensor_type)) != 0 &&
+                           find_exchange_api(type) == library.exchange_api &&
                            nb::getattr(type, kDispatchAttribute, nb::none()).ptr() == library.no_dispatch;
   cache->emplace(type.ptr(), is_ordinary);
   return is_ordinary;
 }
 
+/// What the Python object of a tensor holds, right behind what every Python object begins with.
+const TensorBase& held_tensor(nb::handle tensor) {
+  return *reinterpret_cast<const TensorBase*>(reinterpret_cast<const char*>(tensor.ptr()) + sizeof(PyObject));
+}
+
+/// Whether it is there: tensors tell the address of what they count.
+bool is_held_tensor_found(nb::handle tensor) {
+  return held_tensor(tensor).counted == reinterpret_cast<void*>(nb::cast<std::uintptr_t>(tensor.attr("_cdata")));
+}
+
 /// False, and no Python error, where the tensor has no memory to look at.
 bool get_view(nb::handle tensor, dlpack::dltensor& view) {
+  if (library.view != nullptr) {
+    try {
+      library.view(held_tensor(tensor), &view);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
   if (library.exchange_api->view(tensor.ptr(), &view) == 0) return true;
   PyErr_Clear();
   return false;
@@ -97,6 +169,26 @@ std::int32_t scalar_type(DType dtype) {
 /// c10::DeviceType
 std::int32_t device_type(Device device) { return device.type == DeviceType::kCpu ? 0 : 1; }
 
+/// A new tensor of this shape, dtype and device. Null where PyTorch failed.
+Handle make_tensor(const Tensor& like) {
+  const std::int32_t dtype = scalar_type(like.dtype);
+  const std::int32_t type = device_type(like.device);
+  if (like.device.type == DeviceType::kCuda && library.empty_strided_cuda != nullptr) {
+    const auto rank = static_cast<std::size_t>(like.rank);
+    try {
+      return new TensorBase(library.empty_strided_cuda(
+          {like.shape.data(), rank}, {like.strides.data(), rank}, static_cast<std::int8_t>(dtype),
+          {static_cast<std::int8_t>(type), static_cast<std::int8_t>(like.device.index), true}));
+    } catch (const std::exception&) {
+      return nullptr;
+    }
+  }
+  Handle handle = nullptr;
+  const std::int32_t status =
+      library.empty_strided(like.rank, like.shape.data(), like.strides.data(), dtype, type, like.device.index, &handle);
+  return status == 0 ? handle : nullptr;
+}
+
 }  // namespace
 
 void find(nb::handle type) {
@@ -109,7 +201,14 @@ void find(nb::handle type) {
   find_function("libtorch_cpu.so", "aoti_torch_delete_tensor_object", found.delete_tensor);
   find_function("libtorch_python.so", kWrapSymbol, found.wrap);
   find_function("libc10.so", kAnyModesSetSymbol, found.any_modes_set);
-  if (found.is_complete()) library = found;
+  find_function("libtorch_cuda.so", kEmptyStridedCudaSymbol, found.empty_strided_cuda);
+  find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_alloc", found.allocate_bytes);
+  find_function("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_delete", found.free_bytes);
+  find_function("libc10_cuda.so", kCurrentDeviceSymbol, found.current_device);
+  if (!found.is_complete()) return;
+  library = found;
+  NewTensor any(DType::kUInt8, {DeviceType::kCpu, 0}, {1});
+  if (any && is_held_tensor_found(any.to_python())) find_function("libtorch_cpu.so", kViewSymbol, library.view);
 }
 
 bool is_tensor(nb::handle array) {
@@ -149,11 +248,8 @@ NewTensor::NewTensor(DType dtype, Device device, std::initializer_list<std::int6
     view_.strides[i] = stride;
     stride *= std::max<std::int64_t>(view_.shape[i], 1);
   }
-  Handle handle = nullptr;
-  if (library.empty_strided(view_.rank, view_.shape.data(), view_.strides.data(), scalar_type(dtype),
-                            device_type(device), device.index, &handle) != 0) {
-    return;
-  }
+  Handle const handle = make_tensor(view_);
+  if (handle == nullptr) return;
   if (library.get_data_ptr(handle, &view_.data) != 0) {
     library.delete_tensor(handle);
     return;
@@ -173,10 +269,24 @@ NewTensor& NewTensor::operator=(NewTensor&& other) noexcept {
   return *this;
 }
 
-nb::object NewTensor::to_python() const {
+nb::object NewTensor::to_python() {
   PyObject* const object = library.wrap(handle_);
   if (object == nullptr) throw nb::python_error();
   return nb::steal(object);
+}
+
+Workspace::Workspace(Device device, std::size_t num_bytes) {
+  if (num_bytes == 0) return;
+  if (library.can_allocate_bytes() && library.current_device() == device.index) {
+    if (library.allocate_bytes(num_bytes, &bytes_) == 0) data_ = bytes_;
+  } else {
+    tensor_ = NewTensor(DType::kUInt8, device, {static_cast<std::int64_t>(num_bytes)});
+    data_ = tensor_.view().data;
+  }
+}
+
+Workspace::~Workspace() {
+  if (bytes_ != nullptr) library.free_bytes(bytes_);
 }
 
 }  // namespace flash_mla::bindings::torch

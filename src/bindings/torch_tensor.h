@@ -2,14 +2,15 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 
 #include "flash_mla/tensor.h"
 
-/// The short way for PyTorch's tensors: read through the exchange table of their type, and made by the C functions that
-/// PyTorch has for compiled models. These are looked up in the process, so nothing is linked and no build of PyTorch
-/// must match.
+/// The short way for PyTorch's tensors: read by what DLPack's exchange table of their type comes down to, and made by
+/// the C functions that PyTorch has for compiled models, or by what these come down to. All are looked up in the
+/// process, so nothing is linked and no build of PyTorch must match.
 ///
 /// New tensors don't come through DLPack, which would be as fast: PyTorch takes memory that it imports for somebody
 /// else's, and of such a tensor record_stream() does nothing and resize_() fails.
@@ -54,12 +55,31 @@ class NewTensor {
   explicit operator bool() const { return handle_ != nullptr; }
   const Tensor& view() const { return view_; }
 
-  /// The torch.Tensor. The GIL is held.
-  nanobind::object to_python() const;
+  /// The torch.Tensor, which is not to be asked for again. The GIL is held.
+  nanobind::object to_python();
 
  private:
   void* handle_ = nullptr;
   Tensor view_;
+};
+
+/// Memory of a GPU from PyTorch's allocator, in the order of the device's current stream: given back at the end of the
+/// scope, kept for a graph that is being captured. There is a tensor around it only where this PyTorch has no other
+/// way, or the device isn't the current one. Needs no GIL.
+class Workspace {
+ public:
+  Workspace(Device device, std::size_t num_bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  /// Null where PyTorch failed, and where no bytes are wanted.
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  void* bytes_ = nullptr;
+  NewTensor tensor_;
 };
 
 }  // namespace flash_mla::bindings::torch

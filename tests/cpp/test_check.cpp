@@ -68,12 +68,16 @@ struct WrongCall {
   const char* error;
 };
 
+/// Each wrong call comes after a right one, of which the library remembers what it has checked, and before another.
 void expect_errors(const std::vector<WrongCall>& calls) {
   for (const WrongCall& call : calls) {
+    EXPECT_EQ(error_of(right_call()), "no error");
     DenseDecodeArguments args = right_call();
     call.spoil(args);
     EXPECT_EQ(error_of(args), call.error);
+    EXPECT_EQ(error_of(args), call.error);
   }
+  EXPECT_EQ(error_of(right_call()), "no error");
 }
 
 using Args = DenseDecodeArguments;

@@ -135,6 +135,17 @@ def test_sched_meta_is_reused_by_the_layers_of_a_step(torch: Any, case: Case) ->
             assert_close(out, lse, *reference, f"step {step}")
 
 
+def test_the_workspace_of_a_graph_is_nobody_elses(torch: Any) -> None:
+    """Replays write to it: memory that is allocated after the capture must not be the same."""
+    case = make_case(Spec((9000, 70), num_heads_q=128), "cuda")
+    graph, (out, lse) = capture(torch, lambda: decode(case))
+    others = [torch.full((1 << size,), 7, dtype=torch.uint8, device="cuda") for size in range(9, 27) for _ in range(4)]
+    out.fill_(float("nan"))
+    graph.replay()
+    assert_close(out, lse, *decode_torch(case))
+    assert all(bool((other == 7).all()) for other in others)
+
+
 def test_results_given_to_a_graph(torch: Any, case: Case) -> None:
     out, lse = (torch.empty_like(x) for x in decode(case))
     graph, _ = capture(torch, lambda: decode(case, out=out, lse=lse))

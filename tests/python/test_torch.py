@@ -10,6 +10,7 @@ from cases import Case, Spec, make_case
 from checks import decode, plan, same_bits
 from flash_mla import _C, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla import decode as decode_module
+from oracle import assert_close, decode_torch
 
 torch_module = pytest.importorskip("torch")
 is_short = hasattr(torch_module.Tensor, "__dlpack_c_exchange_api__")
@@ -26,6 +27,12 @@ def case() -> Case:
     case = Case(SPEC, *arrays)
     decode(case)  # the first tensor to come in makes the module look PyTorch up
     return case
+
+
+@pytest.fixture
+def placed(case: Case, device: str | None) -> Case:
+    """The same kind of case, on the CPU or on the GPU."""
+    return case if device is None else make_case(SPEC, device)
 
 
 def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,13 +72,13 @@ def test_takes_the_short_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     decode(Case(SPEC, torch_module.nn.Parameter(case.q), case.k_cache, case.block_table, case.cache_seqlens))
 
 
-def test_results_are_ordinary_tensors(case: Case) -> None:
-    parameter = torch_module.nn.Parameter(case.q)
-    for q in (case.q, parameter):
-        results = decode(Case(SPEC, q, case.k_cache, case.block_table, case.cache_seqlens))
-        for result in (*results, *plan(case).values()):
+def test_results_are_ordinary_tensors(placed: Case) -> None:
+    parameter = torch_module.nn.Parameter(placed.q)
+    for q in (placed.q, parameter):
+        results = decode(Case(SPEC, q, placed.k_cache, placed.block_table, placed.cache_seqlens))
+        for result in (*results, *plan(placed).values()):
             assert type(result) is torch_module.Tensor
-            assert result.device == case.q.device
+            assert result.device == placed.q.device
             assert result.is_contiguous()
             assert result.is_leaf
             assert not result.requires_grad
@@ -80,15 +87,42 @@ def test_results_are_ordinary_tensors(case: Case) -> None:
             assert result.storage_offset() == 0
             assert result.untyped_storage().nbytes() == result.numel() * result.element_size()
             assert result.untyped_storage().resizable()
-    out, lse = decode(case)
+    out, lse = decode(placed)
     out.requires_grad_()
     (out.sum() * lse[lse.isfinite()].sum()).backward()
     assert out.grad is not None
 
 
-def test_results_under_inference_mode(case: Case) -> None:
+def test_results_under_inference_mode(placed: Case) -> None:
     with torch_module.inference_mode():
-        assert all(result.is_inference() for result in decode(case))
+        assert all(result.is_inference() for result in decode(placed))
+
+
+def test_tensors_are_read_as_they_are_now(placed: Case) -> None:
+    """What a tensor's Python object stands for may be exchanged."""
+    out, _ = decode(placed)
+    other = placed.q.flip(-1).contiguous()
+    expected, _ = decode(Case(SPEC, other, placed.k_cache, placed.block_table, placed.cache_seqlens))
+    assert not same_bits(out, expected)
+    originally = placed.q.clone()
+    placed.q.data = other
+    assert same_bits(decode(placed)[0], expected)
+    torch_module.utils.swap_tensors(placed.q, originally)
+    assert same_bits(decode(placed)[0], out)
+    placed.q.set_(other.untyped_storage(), 0, other.shape, other.stride())
+    assert same_bits(decode(placed)[0], expected)
+
+
+@needs_short_way
+def test_only_tensors_pass_for_tensors(case: Case) -> None:
+    class Impostor:
+        __dlpack_c_exchange_api__ = torch_module.Tensor.__dlpack_c_exchange_api__
+        __torch_dispatch__ = torch_module.Tensor.__torch_dispatch__
+
+    assert _C.torch_can_read(case.q)
+    assert not _C.torch_can_read(Impostor())
+    with pytest.raises(TypeError, match=r"^k_cache: .*Impostor"):
+        flash_mla_with_kvcache(**case.arguments() | {"k_cache": Impostor()})
 
 
 def test_results_are_freed(case: Case) -> None:
@@ -173,6 +207,52 @@ def test_results_are_known_to_the_allocator(torch: Any) -> None:
     del out
     assert torch.empty(shape, dtype=torch.bfloat16, device="cuda").data_ptr() != address
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_the_workspace_is_the_allocators(torch: Any) -> None:
+    """It counts as memory allocated during the call, and is as large as the library says."""
+    case = make_case(Spec((300, 5), num_heads_q=128), "cuda")
+    out, lse = decode(case)
+    options = {"tile_scheduler_metadata": None, "num_splits": None, "softmax_scale": 1.0, "causal": False}
+    arrays = (case.q, case.k_cache, case.block_table, case.cache_seqlens, out, lse)
+    num_bytes = _C.dense_decode_workspace_size(*arrays, **options)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    decode(case, out=out, lse=lse)
+    assert torch.cuda.memory_allocated() == before
+    slack = 1 << 21  # what the allocator may add to a block
+    assert num_bytes <= torch.cuda.max_memory_allocated() - before < num_bytes + slack
+
+
+@pytest.mark.gpu
+def test_on_a_device_that_is_not_current(torch: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make_case(Spec((9000, 5), num_heads_q=16), "cuda:1")
+    with torch.cuda.device(1):
+        expected = decode(case)
+    with torch.cuda.device(0):
+        before = torch.cuda.memory_allocated(0)
+        results = decode(case)
+        assert torch.cuda.memory_allocated(0) == before
+        assert torch.cuda.current_device() == 0
+    for a, b in zip(results, expected, strict=True):
+        assert a.device == case.q.device
+        assert same_bits(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 128])
+def test_layers_that_differ_in_addresses_only(torch: Any, num_heads_q: int) -> None:
+    """In turn, with a call of another shape now and then: what the library remembers of a call must not show."""
+    layers = [make_case(Spec((300, 0, 70), num_heads_q=num_heads_q, seed=seed), "cuda") for seed in range(3)]
+    other = make_case(Spec((300, 70), num_heads_q=num_heads_q, page_size=16), "cuda")
+    references = [decode_torch(case) for case in (*layers, other)]
+    for order in ((0, 1, 2, 0, 1, 2), (3, 0, 3, 2, 1, 1)):
+        for index in order:
+            case = (*layers, other)[index]
+            assert_close(*decode(case), *references[index], f"layer {index} of {order}")
 
 
 @pytest.mark.gpu
