@@ -169,6 +169,18 @@ class SplitPlan {
            count - idx, first_part,
            {}};
   }
+  /// Writes a part's row where a request is alone, for which nothing need be summed. Returns how many parts it has.
+  FLASH_MLA_HOST_DEVICE static std::int32_t write_alone(Part& row, std::int32_t seqlen_k, std::int32_t part,
+                                                        std::int32_t num_parts) {
+    const std::int64_t quota = divide(num_blocks(seqlen_k) + num_parts - 1, num_parts);
+    const std::int32_t count = own_parts(seqlen_k, quota);
+    if (part < count) {
+      write_own(row, 0, seqlen_k, 0, part, count);
+    } else {
+      write_empty(row, part, 1);
+    }
+    return count;
+  }
   /// Writes the row of a part without work.
   FLASH_MLA_HOST_DEVICE static void write_empty(Part& row, std::int32_t part, std::int32_t batch_size) {
     row = {batch_size, 0, batch_size - 1, kToEnd, 1, part, {}};

@@ -143,6 +143,25 @@ TEST(Scheduler, BalancesOneLongRequestWithinOneBlock) {
   }
 }
 
+TEST(Scheduler, PlansARequestThatIsAloneLikeAnyOther) {
+  for (const std::int32_t seqlen : {-3, 0, 1, 64, 65, 1000, 8192, 65537, 1 << 20, INT32_MAX}) {
+    for (const std::int32_t num_parts : {1, 2, 33, 66, 132, 160}) {
+      SCOPED_TRACE(std::to_string(seqlen) + " tokens, " + std::to_string(num_parts) + " parts");
+      const Plan plan = make_plan({seqlen}, num_parts);
+      for (std::int32_t p = 0; p < num_parts; ++p) {
+        Part row;
+        EXPECT_EQ(SplitPlan::write_alone(row, seqlen, p, num_parts), plan.num_splits[1]);
+        EXPECT_EQ(row.begin_request, plan.parts[p].begin_request);
+        EXPECT_EQ(row.begin_block, plan.parts[p].begin_block);
+        EXPECT_EQ(row.end_request, plan.parts[p].end_request);
+        EXPECT_EQ(row.end_block, plan.parts[p].end_block);
+        EXPECT_EQ(row.num_pieces, plan.parts[p].num_pieces);
+        if (row.begin_block > 0) EXPECT_EQ(row.first_part, plan.parts[p].first_part);
+      }
+    }
+  }
+}
+
 TEST(Scheduler, KeepsEqualRequestsWhole) {
   for (const auto& [batch_size, seqlen, num_parts] :
        std::vector<std::array<int, 3>>{{128, 4096, 66}, {64, 16384, 66}, {128, 8192, 132}, {64, 8192, 33}}) {

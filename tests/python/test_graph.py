@@ -95,10 +95,11 @@ def test_metadata_updated_in_place(torch: Any, case: Case) -> None:
     replay_with_changes(torch, case, graph, [result], update)
 
 
+@pytest.mark.parametrize("lengths", [(9000, 70), (1000,)])
 @pytest.mark.parametrize("num_heads_q", [16, 128])
-def test_replayed_before_there_is_a_plan(torch: Any, num_heads_q: int) -> None:
+def test_replayed_before_there_is_a_plan(torch: Any, num_heads_q: int, lengths: tuple[int, ...]) -> None:
     """Arrays that hold no plan yet give no result, and leave nothing behind for the replays that follow."""
-    case = make_case(Spec((9000, 70), num_heads_q=num_heads_q), "cuda")
+    case = make_case(Spec(lengths, num_heads_q=num_heads_q), "cuda")
     planned = plan(case)
     good = {name: array.clone() for name, array in planned.items()}
     graph, (out, lse) = capture(torch, lambda: decode(case, **planned))

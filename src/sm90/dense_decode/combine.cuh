@@ -16,8 +16,8 @@
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
 
-// Merging the pieces of a split request, within the decode kernel. Each part that has a piece of it merges a slice of the
-// tile. Who may wait for whom: see launch.cuh.
+// Merging the pieces of a split request, within the decode kernel. Each part that has a piece of it merges a slice of
+// the tile. Who may wait for whom: see launch.cuh.
 
 namespace flash_mla::sm90 {
 
@@ -35,7 +35,8 @@ struct TileFlags {
   /// By one thread, after all threads of the piece have written and synchronised, and with the splits found. Only where
   /// somebody reads the flag, and so clears it: one that stays up would tell a replayed graph that the piece is there.
   __device__ void publish(const DenseDecodeParams& params, const PartPlan& plan, int slot) const {
-    if (plan.splits[slot % 2].num_pieces == 0) return;
+    const SplitRequest& split = plan.splits[slot % 2];
+    if (split.num_pieces == 0 || !split.has_piece(slot / 2)) return;
     if (slot % 2 == 1) readers[slot / 2] = 0;  // a slot of a first piece
     ptx::store_release(&flags[slot], params.token);
   }
@@ -92,8 +93,8 @@ class Combine {
 
   __device__ __forceinline__ void run(const SplitRequest& split, int slice) {
     const int n = split.num_pieces;
-    const int first = Traits::kNumUnits * slice / n;
-    const int count = Traits::kNumUnits * (slice + 1) / n - first;
+    const int first = Traits::kNumUnits * slice / split.num_slices;
+    const int count = Traits::kNumUnits * (slice + 1) / split.num_slices - first;
     int sharers = 1;
     while (sharers < kWarps && 2 * sharers * count <= kWarps) sharers *= 2;
     const int sharer = warp() % sharers;
@@ -113,8 +114,8 @@ class Combine {
       const int piece = begin + warp() + lane() * kWarps;
       if (piece < begin + pieces) load(split, piece, first, count, shared_ + (piece - begin) * piece_bytes);
       __syncwarp();
-      // All of the warp's flags are seen: loads that this depends on, so nothing need be released. Not waited for before
-      // it is needed.
+      // All of the warp's flags are seen: loads that this depends on, so nothing need be released. Not waited for
+      // before it is needed.
       if (begin + pieces >= n && lane() == 0) readers = ptx::atomic_add(reader_count(split), 1);
       ptx::mbarrier_wait(loaded_, loaded_phase_);
       loaded_phase_ ^= 1;
@@ -179,7 +180,7 @@ class Combine {
   __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
   __device__ std::uint64_t* reader_count(const SplitRequest& split) const { return &flags().readers[split.first_part]; }
   __device__ __forceinline__ void clear_flags(const SplitRequest& split, std::uint64_t readers) const {
-    if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < kWarps * split.num_pieces) return;
+    if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < kWarps * split.num_slices) return;
     for (int piece = lane(); piece < split.num_pieces; piece += 32) flags().flags[split.slot(piece)] = 0;
   }
 

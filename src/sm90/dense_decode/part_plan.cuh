@@ -12,12 +12,15 @@
 
 namespace flash_mla::sm90 {
 
-/// A request whose pieces lie in consecutive parts.
+/// A request whose pieces lie in consecutive parts. Each of these parts merges a slice of it, and so do parts without
+/// work behind them where the request is alone and slices would be large.
 struct SplitRequest {
   int request;
   int first_part;
   int num_pieces;  // 0: none
+  int num_slices;
 
+  __device__ bool has_piece(int part) const { return part - first_part < num_pieces; }
   __device__ int slot(int piece) const { return 2 * (first_part + piece) + (piece == 0 ? 1 : 0); }
 };
 
@@ -58,6 +61,11 @@ __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
   return part.num_pieces > 1 && (part.end_request > part.begin_request || part.begin_block == 0);
 }
 
+/// Into how many slices a split request that is alone is merged. Smaller ones than this cost more than they save.
+__device__ __forceinline__ int num_slices_of_lone(const DenseDecodeParams& params, int num_pieces) {
+  return max(num_pieces, min(params.num_parts, params.tiling.padded_rows()));
+}
+
 /// Asks for lengths and pages, as far as a lane for each 128 bytes can, while the plan is on its way: a small batch
 /// waits once for memory, and not three times in turn.
 __device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params) {
@@ -74,17 +82,25 @@ __device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params)
 /// Writes the part, and where it is planned here the splits too. By one warp.
 __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   scheduler::Part part;
-  std::int32_t continued_pieces = 0;
+  SplitRequest continued{};
   if (params.parts != nullptr) part = params.parts[part_idx];
   prefetch_tables(params);
-  if (params.parts == nullptr) {
-    part =
-        scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, continued_pieces);
+  if (params.parts == nullptr && params.batch_size == 1) {
+    const std::int32_t pieces =
+        scheduler::SplitPlan::write_alone(part, *params.cache_seqlens, part_idx, params.num_parts);
+    const int slices = num_slices_of_lone(params, pieces);
+    if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
+  } else if (params.parts == nullptr) {
+    std::int32_t pieces;
+    part = scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, pieces);
+    continued = {part.begin_request, part.first_part, pieces, pieces};
   }
   if (threadIdx.x % 32 == 0) {
+    const int begun_pieces = begins_a_split(part) ? part.num_pieces : 0;
     plan.part = part;
-    plan.splits[0] = {part.begin_request, part.first_part, continued_pieces};
-    plan.splits[1] = {part.end_request, part_idx, begins_a_split(part) ? part.num_pieces : 0};
+    plan.splits[0] = continued;
+    plan.splits[1] = {part.end_request, part_idx, begun_pieces,
+                      params.batch_size == 1 ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
     ptx::mbarrier_arrive(ptx::shared_address(&plan.ready));
   }
   __syncwarp();
@@ -94,15 +110,22 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
 /// so that not all pieces would come; the parts of a request judge alike.
 __device__ inline SplitRequest find_split(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx,
                                           int i) {
-  const bool continues = part.begin_block > 0 && part.first_part >= 0 && part.first_part < part_idx;
-  if (part.begin_request > part.end_request || !(i == 0 ? continues : begins_a_split(part))) return {};
-
-  const int first_part = i == 0 ? part.first_part : part_idx;
+  const bool is_alone = params.batch_size == 1;
+  int first_part = i == 0 ? part.first_part : part_idx;
+  if (is_alone) {
+    if ((i == 0) == (part_idx == 0)) return {};
+    first_part = 0;
+  } else {
+    const bool continues = part.begin_block > 0 && first_part >= 0 && first_part < part_idx;
+    if (part.begin_request > part.end_request || !(i == 0 ? continues : begins_a_split(part))) return {};
+  }
   const scheduler::Part first = params.parts[first_part];
-  const SplitRequest split{first.end_request, first_part, first.num_pieces};
+  const SplitRequest split{first.end_request, first_part, first.num_pieces,
+                           is_alone ? num_slices_of_lone(params, first.num_pieces) : first.num_pieces};
   bool is_good =
-      split.request >= 0 && split.request < params.batch_size && split.num_pieces > part_idx - first_part &&
-      split.num_pieces <= params.num_parts - first_part && first.end_block != scheduler::kToEnd &&
+      split.request >= 0 && split.request < params.batch_size && split.num_pieces > 1 &&
+      part_idx - first_part < split.num_slices && split.num_pieces <= params.num_parts - first_part &&
+      first.end_block != scheduler::kToEnd &&
       (first.begin_request < split.request || (first.begin_request == split.request && first.begin_block == 0));
   for (int piece = 1 + threadIdx.x % 32; is_good && piece < split.num_pieces; piece += 32) {
     const scheduler::Part other = params.parts[first_part + piece];
