@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -32,34 +33,69 @@ struct Workspace {
   std::size_t size;
 };
 
-sm90::QueryTiling make_tiling(const DenseDecodeShape& shape) {
+/// How a call is worked: tiles of query rows, and parts of KV.
+struct Work {
+  sm90::QueryTiling tiling;
+  int num_parts;
+  bool plans_itself;  // whatever plan is given
+};
+
+/// The tokens that a request may have. Lengths are cut there.
+std::int64_t max_seqlen_k(const DenseDecodeShape& shape) {
+  return shape.num_pages > 0 ? shape.max_pages * shape.page_size : 0;
+}
+
+sm90::QueryTiling make_tiling(const DenseDecodeShape& shape, int max_rows = sm90::kBlockM) {
   return sm90::QueryTiling::make(static_cast<int>(shape.num_heads_q / shape.num_heads_k),
-                                 static_cast<int>(shape.seqlen_q));
+                                 static_cast<int>(shape.seqlen_q), max_rows);
 }
 
-/// The query rows of a KV head, filled up to whole tiles.
-std::int64_t num_padded_rows(const DenseDecodeShape& shape) {
-  return static_cast<std::int64_t>(make_tiling(shape).num_tiles) * sm90::kBlockM;
+/// Tiles of 64 rows where there are so many, and as many parts as keep the SMs busy, or as the plan has.
+Work divide_by_plan(const DenseDecodeShape& shape, int num_sms) {
+  const sm90::QueryTiling tiling = make_tiling(shape);
+  // What get_mla_metadata counts: query rows filled up to whole tiles of 64.
+  const std::int64_t rows = std::int64_t{tiling.num_tiles} * sm90::kBlockM;
+  const std::int64_t parts =
+      shape.num_sm_parts > 0 ? shape.num_sm_parts : num_sm_parts(num_sms, rows, shape.num_heads_k);
+  return {tiling, static_cast<int>(parts), false};
 }
 
-int num_parts(const DenseDecodeArguments& args, const DenseDecodeShape& shape) {
-  if (shape.num_sm_parts > 0) return static_cast<int>(shape.num_sm_parts);
-  return static_cast<int>(dense_decode_num_sm_parts(num_padded_rows(shape), shape.num_heads_k, args.q.device));
+/// Tiles of fewer rows and a part for each block, where all of these fit on the SMs: a CTA then has less to write, read
+/// and compute. For a short request that is alone, whose blocks would leave SMs idle. How short is told by what the
+/// block table has room for: lengths are on the device.
+std::optional<Work> divide_by_blocks(const DenseDecodeShape& shape, int num_sms, int rows) {
+  if (shape.batch_size != 1) return std::nullopt;
+  const auto max_blocks = scheduler::num_blocks(static_cast<std::int32_t>(max_seqlen_k(shape)));
+  const std::int64_t parts = std::max<std::int64_t>(max_blocks, 1);
+  const sm90::QueryTiling tiling = make_tiling(shape, rows);
+  if (parts * tiling.num_tiles * shape.num_heads_k > num_sms) return std::nullopt;
+  return Work{tiling, static_cast<int>(parts), true};
 }
 
-Workspace lay_out_workspace(const DenseDecodeShape& shape, int parts) {
+Work divide_work(const DenseDecodeShape& shape, int num_sms) {
+  for (int rows = sm90::kMinTileRows; rows <= sm90::kMaxNarrowRows; rows *= 2) {
+    if (const std::optional<Work> work = divide_by_blocks(shape, num_sms, rows)) return *work;
+  }
+  return divide_by_plan(shape, num_sms);
+}
+
+Work divide_work(const DenseDecodeArguments& args, const DenseDecodeShape& shape) {
+  return divide_work(shape, cuda::device_properties(args.q.device.index).num_sms);
+}
+
+Workspace lay_out_workspace(const DenseDecodeShape& shape, const Work& work) {
   const auto align = [](std::size_t bytes) {
     return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
-  const auto num_parts = static_cast<std::size_t>(parts);
-  const sm90::QueryTiling tiling = make_tiling(shape);
-  const std::size_t num_tiles = static_cast<std::size_t>(tiling.num_tiles * shape.num_heads_k);
+  const auto num_parts = static_cast<std::size_t>(work.num_parts);
+  const auto rows = static_cast<std::size_t>(work.tiling.rows);
+  const std::size_t num_tiles = static_cast<std::size_t>(work.tiling.num_tiles * shape.num_heads_k);
   const std::size_t slot_tiles = 2 * num_parts * num_tiles;
   Workspace workspace{};
   workspace.flags = shape.num_sm_parts > 0 ? 0 : num_parts * sizeof(scheduler::Part);
   workspace.out_accum = align(workspace.flags + num_tiles * sm90::kFlagsPerPart * num_parts * sizeof(std::uint64_t));
-  workspace.sum_accum = workspace.out_accum + slot_tiles * tiling.padded_rows() * kHeadDimV * sizeof(float);
-  workspace.size = workspace.sum_accum + slot_tiles * tiling.padded_rows() * sizeof(sm90::RowSum);
+  workspace.sum_accum = workspace.out_accum + slot_tiles * rows * kHeadDimV * sizeof(float);
+  workspace.size = workspace.sum_accum + slot_tiles * rows * sizeof(sm90::RowSum);
   return workspace;
 }
 
@@ -114,23 +150,23 @@ int log2_of(std::int64_t power_of_two) {
   return log2;
 }
 
-sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const DenseDecodeShape& shape, int parts) {
+sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const DenseDecodeShape& shape, const Work& work) {
   sm90::DenseDecodeParams params{};
   params.batch_size = static_cast<int>(shape.batch_size);
   params.seqlen_q = static_cast<int>(shape.seqlen_q);
   params.num_heads_q = static_cast<int>(shape.num_heads_q);
   params.num_heads_k = static_cast<int>(shape.num_heads_k);
-  params.tiling = make_tiling(shape);
+  params.tiling = work.tiling;
   params.q_map = make_q_map(args.q, params.tiling);
   params.page_size_log2 = log2_of(shape.page_size);
   params.box_tokens = static_cast<int>(std::min<std::int64_t>(shape.page_size, scheduler::kBlockN));
   params.k_cache_map = make_k_cache_map(args.k_cache, params.box_tokens, args.q.data);
-  params.max_seqlen_k = shape.num_pages > 0 ? static_cast<int>(shape.max_pages * shape.page_size) : 0;
+  params.max_seqlen_k = static_cast<int>(max_seqlen_k(shape));
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
   params.launches_dependents = params.tiling.num_tiles == 1 || params.batch_size <= kMaxBatchOverlapped;
-  params.num_parts = parts;
+  params.num_parts = work.num_parts;
   params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;
   params.causal = args.causal;
@@ -160,21 +196,21 @@ void check_workspace(const Workspace& needed, const void* workspace, std::size_t
 void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& shape, void* workspace,
                       std::size_t workspace_bytes, CUstream_st* stream) {
   const cuda::DeviceGuard guard(args.q.device.index);
-  const int parts = num_parts(args, shape);
-  const Workspace layout = lay_out_workspace(shape, parts);
+  const Work work = divide_work(args, shape);
+  const Workspace layout = lay_out_workspace(shape, work);
   check_workspace(layout, workspace, workspace_bytes);
   auto* const bytes = static_cast<unsigned char*>(workspace);
 
-  sm90::DenseDecodeParams params = make_params(args, shape, parts);
+  sm90::DenseDecodeParams params = make_params(args, shape, work);
   params.token = next_launch_token();
   params.flags = reinterpret_cast<std::uint64_t*>(bytes + layout.flags);
   params.out_accum = reinterpret_cast<float*>(bytes + layout.out_accum);
   params.sum_accum = reinterpret_cast<float4*>(bytes + layout.sum_accum);
-  if (args.tile_scheduler_metadata) {
+  if (args.tile_scheduler_metadata && !work.plans_itself) {
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
-  } else if (!scheduler::plans_within_a_warp(params.batch_size, parts)) {
+  } else if (!scheduler::plans_within_a_warp(params.batch_size, work.num_parts)) {
     auto* const planned = reinterpret_cast<scheduler::Part*>(bytes);
-    scheduler::plan_on_device({params.cache_seqlens, params.batch_size, parts, planned, nullptr}, stream);
+    scheduler::plan_on_device({params.cache_seqlens, params.batch_size, work.num_parts, planned, nullptr}, stream);
     params.parts = planned;
   }
   sm90::launch_dense_decode(params, args.q.dtype, stream);
@@ -186,15 +222,18 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArguments& args) {
   const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/has_addresses(args));
   if (args.q.device.type == DeviceType::kCpu || is_empty(shape)) return 0;
   cuda::require_hopper(args.q.device.index);
-  return lay_out_workspace(shape, num_parts(args, shape)).size;
+  return lay_out_workspace(shape, divide_work(args, shape)).size;
 }
 
 std::size_t dense_decode_max_workspace_size(const DenseDecodeArguments& args) {
   const DenseDecodeShape shape = check_dense_decode(args, /*with_pointers=*/has_addresses(args));
   if (is_empty(shape)) return 0;
-  const std::int64_t parts =
-      shape.num_sm_parts > 0 ? shape.num_sm_parts : num_sm_parts(kMaxSms, num_padded_rows(shape), shape.num_heads_k);
-  return lay_out_workspace(shape, static_cast<int>(parts)).size;
+  std::size_t size = lay_out_workspace(shape, divide_by_plan(shape, kMaxSms)).size;
+  for (int rows = sm90::kMinTileRows; rows <= sm90::kMaxNarrowRows; rows *= 2) {
+    const std::optional<Work> work = divide_by_blocks(shape, kMaxSms, rows);
+    if (work) size = std::max(size, lay_out_workspace(shape, *work).size);
+  }
+  return size;
 }
 
 void dense_decode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes, CUstream_st* stream) {

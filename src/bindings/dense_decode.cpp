@@ -60,34 +60,12 @@ std::size_t workspace_size(nb::handle q, nb::handle k_cache, nb::handle block_ta
   return function(args);
 }
 
-/// dense_decode_workspace_size, remembered from the calling thread's last call: layers of a model differ in addresses
-/// only. Whatever else is wrong with the arguments, dense_decode finds.
-std::size_t remembered_workspace_size(const DenseDecodeArguments& args) {
-  using Key = std::array<std::int64_t, 9>;
-  static thread_local Key last_key{};
-  static thread_local std::size_t last_size = 0;
-  const Key key{args.q.rank,
-                args.q.shape[0],
-                args.q.shape[1],
-                args.q.shape[2],
-                args.q.device.index,
-                args.q.device.type == DeviceType::kCuda ? 1 : 2,
-                args.k_cache.rank,
-                args.k_cache.shape[2],
-                args.tile_scheduler_metadata ? args.tile_scheduler_metadata.shape[0] : 0};
-  if (key != last_key) {
-    last_size = dense_decode_workspace_size(args);
-    last_key = key;
-  }
-  return last_size;
-}
-
 void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens, nb::handle out,
             nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits, float softmax_scale, bool causal,
             nb::handle stream, nb::handle allocate) {
   const Call call(q, k_cache, block_table, cache_seqlens, ArrayView("out", out, Access::kWrite),
                   ArrayView("lse", lse, Access::kWrite), tile_scheduler_metadata, num_splits, softmax_scale, causal);
-  const std::size_t workspace_bytes = remembered_workspace_size(call.args);
+  const std::size_t workspace_bytes = dense_decode_workspace_size(call.args);
   const Workspace workspace(call.q, workspace_bytes, allocate);
   CUstream_st* const cuda_stream = call.q.current_stream(stream);
   const nb::gil_scoped_release no_gil;
@@ -129,7 +107,7 @@ bool allocate_and_decode(DenseDecodeArguments& args, torch::NewTensor& out, torc
     if (!lse) return false;
     args.lse = lse.view();
   }
-  const std::size_t workspace_bytes = remembered_workspace_size(args);
+  const std::size_t workspace_bytes = dense_decode_workspace_size(args);
   const torch::Workspace workspace(args.q.device, workspace_bytes);
   if (workspace_bytes > 0 && workspace.data() == nullptr) return false;
   dense_decode(args, workspace.data(), workspace_bytes, stream);

@@ -53,8 +53,8 @@ struct DenseDecodeParams {
 
   // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
   // for one that begins it.
-  float* out_accum;      // (2 * num_parts, num_heads_k, num_tiles, padded_rows * 512): not normalised, as quads lie
-  float4* sum_accum;     // (2 * num_parts, num_heads_k, num_tiles, padded_rows / 2): RowSums of pairs of rows
+  float* out_accum;      // (2 * num_parts, num_heads_k, num_tiles, tiling.rows * 512): not normalised, as quads lie
+  float4* sum_accum;     // (2 * num_parts, num_heads_k, num_tiles, tiling.rows / 2): RowSums of pairs of rows
   std::uint64_t* flags;  // (num_heads_k, num_tiles, kFlagsPerPart * num_parts); contents arbitrary at the start
   std::uint64_t token;   // unique to this launch, never 0
 };

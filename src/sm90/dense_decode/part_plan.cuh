@@ -63,7 +63,7 @@ __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
 
 /// Into how many slices a split request that is alone is merged. Smaller ones than this cost more than they save.
 __device__ __forceinline__ int num_slices_of_lone(const DenseDecodeParams& params, int num_pieces) {
-  return max(num_pieces, min(params.num_parts, params.tiling.padded_rows()));
+  return max(num_pieces, min(params.num_parts, params.tiling.rows));
 }
 
 /// Asks for lengths and pages, as far as a lane for each 128 bytes can, while the plan is on its way: a small batch
@@ -86,8 +86,8 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
   if (params.parts != nullptr) part = params.parts[part_idx];
   prefetch_tables(params);
   if (params.parts == nullptr && params.batch_size == 1) {
-    const std::int32_t pieces =
-        scheduler::SplitPlan::write_alone(part, *params.cache_seqlens, part_idx, params.num_parts);
+    const std::int32_t pieces = scheduler::SplitPlan::write_alone(part, min(*params.cache_seqlens, params.max_seqlen_k),
+                                                                  part_idx, params.num_parts);
     const int slices = num_slices_of_lone(params, pieces);
     if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
   } else if (params.parts == nullptr) {

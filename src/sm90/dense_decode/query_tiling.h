@@ -1,43 +1,48 @@
 #pragma once
 
+#include <cstdint>
+
 #include "scheduler/split_plan.h"
 
 namespace flash_mla::sm90 {
 
-/// Query rows of a tile: M of the matrix multiplies.
+/// Query rows of a tile at most: M of the matrix multiplies.
 constexpr int kBlockM = 64;
 
-/// Query rows up to which tokens are M, and query rows N.
+/// Query rows of a tile up to which tokens are M, and query rows N.
 constexpr int kMaxNarrowRows = 32;
+constexpr int kMinTileRows = 16;
 
-/// How the query rows that share a KV head (seqlen_q queries of group_size heads) are laid out in tiles of kBlockM
-/// rows. A tile's row is query * heads_per_tile + head. Up to 64 heads, a tile holds as many whole queries as fit;
-/// above, a query takes head_tiles tiles.
+/// How the query rows that share a KV head (seqlen_q queries of group_size heads) are laid out in tiles. A tile's row
+/// is query * heads_per_tile + head. A tile holds as many whole queries as fit; where none does, a query takes
+/// head_tiles tiles.
 struct QueryTiling {
   int group_size;        // num_heads_q / num_heads_k
-  int heads_per_tile;    // min(group_size, kBlockM)
+  int rows;              // of a tile in the kernel that takes it, padding included: 16, 32 or 64
+  int heads_per_tile;    // min(group_size, rows)
   int queries_per_tile;  // 1 where a query takes more than one tile
   int head_tiles;
   int num_tiles;
 
-  FLASH_MLA_HOST_DEVICE static QueryTiling make(int group_size, int seqlen_q) {
+  /// Of at most `max_rows` rows a tile.
+  FLASH_MLA_HOST_DEVICE static QueryTiling make(int group_size, int seqlen_q, int max_rows = kBlockM) {
     QueryTiling tiling;
     tiling.group_size = group_size;
-    tiling.heads_per_tile = group_size < kBlockM ? group_size : kBlockM;
-    const int fit = kBlockM / tiling.heads_per_tile;
+    tiling.rows = max_rows;
+    while (tiling.rows > kMinTileRows && static_cast<std::int64_t>(group_size) * seqlen_q <= tiling.rows / 2) {
+      tiling.rows /= 2;
+    }
+    tiling.heads_per_tile = group_size < tiling.rows ? group_size : tiling.rows;
+    const int fit = tiling.rows / tiling.heads_per_tile;
     tiling.queries_per_tile = fit < seqlen_q ? fit : seqlen_q;
-    tiling.head_tiles = (group_size + kBlockM - 1) / kBlockM;
+    tiling.head_tiles = (group_size + tiling.rows - 1) / tiling.rows;
     tiling.num_tiles = tiling.head_tiles * ((seqlen_q + tiling.queries_per_tile - 1) / tiling.queries_per_tile);
     return tiling;
   }
-  /// Rows of a tile that are loaded; the rest of kBlockM is padding.
+  /// Rows of a tile that are loaded; the others are padding.
   FLASH_MLA_HOST_DEVICE int rows_per_tile() const { return heads_per_tile * queries_per_tile; }
   /// Whether the kernel that has tokens as M takes it.
-  FLASH_MLA_HOST_DEVICE bool is_narrow() const { return num_tiles == 1 && rows_per_tile() <= kMaxNarrowRows; }
-  /// Rows of a tile in the kernel that takes it.
-  FLASH_MLA_HOST_DEVICE int padded_rows() const {
-    return !is_narrow() ? kBlockM : rows_per_tile() <= kMaxNarrowRows / 2 ? kMaxNarrowRows / 2 : kMaxNarrowRows;
-  }
+  FLASH_MLA_HOST_DEVICE bool is_narrow() const { return rows <= kMaxNarrowRows; }
 };
 
 /// One tile: its first query, and its first head within the group.
@@ -49,7 +54,7 @@ struct QueryTile {
   FLASH_MLA_HOST_DEVICE QueryTile(const QueryTiling& tiling, int tile_idx)
       : idx(tile_idx),
         query(tile_idx / tiling.head_tiles * tiling.queries_per_tile),
-        head(tile_idx % tiling.head_tiles * kBlockM) {}
+        head(tile_idx % tiling.head_tiles * tiling.rows) {}
 
   /// Its number among the tiles of all KV heads.
   FLASH_MLA_HOST_DEVICE int index(const QueryTiling& tiling, int head_k) const {
