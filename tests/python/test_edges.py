@@ -41,6 +41,16 @@ def test_nothing_to_see(device: Device, lengths: tuple[int, ...], num_pages: int
     check(make_case(spec, device))
 
 
+@pytest.mark.parametrize("num_heads", [(1, 1), (17, 1), (40, 1), (64, 1), (100, 1), (128, 1), (66, 2), (160, 8)])
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+@pytest.mark.parametrize("length", [0, 1, 64, 65, 500, 1024, 2111])
+def test_a_request_alone(device: Device, num_heads: tuple[int, int], seqlen_q: int, length: int) -> None:
+    """Short ones are worked in smaller tiles, and more of them."""
+    heads_q, heads_k = num_heads
+    spec = Spec((length,), seqlen_q, heads_q, heads_k, causal=seqlen_q > 1, spare_columns=0, seed=length)
+    check(make_case(spec, device))
+
+
 def test_no_query_tokens(device: Device) -> None:
     out, lse = decode(make_case(Spec((70, 0), seqlen_q=0), device))
     assert tuple(out.shape) == (2, 0, 16, 512)
@@ -161,9 +171,12 @@ def test_plan_of_other_lengths(torch: Any, planned_for: tuple[int, ...]) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_q_tokens_per_head_k", [1, 64, 4096])
 @pytest.mark.parametrize("num_heads_q", [4, 128])
-def test_plan_of_other_extents(torch: Any, num_heads_q: int, num_q_tokens_per_head_k: int) -> None:
+@pytest.mark.parametrize("lengths", [(2000, 65, 4100), (12000,)])
+def test_plan_of_other_extents(
+    torch: Any, lengths: tuple[int, ...], num_heads_q: int, num_q_tokens_per_head_k: int
+) -> None:
     """With more parts than fit on the GPU at once, CTAs of their own merge."""
-    case = make_case(Spec((2000, 65, 4100), seqlen_q=3, num_heads_q=num_heads_q, causal=True), "cuda")
+    case = make_case(Spec(lengths, seqlen_q=3, num_heads_q=num_heads_q, causal=True), "cuda")
     metadata, num_splits = get_mla_metadata(case.cache_seqlens, num_q_tokens_per_head_k, 1)
     results = decode(case, tile_scheduler_metadata=metadata, num_splits=num_splits)
     assert_close(*results, *decode_reference(case), f"planned for {num_q_tokens_per_head_k} query tokens")
