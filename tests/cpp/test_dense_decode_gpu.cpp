@@ -187,6 +187,45 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   }
 }
 
+/// Flags are the workspace's first words where a plan is given: of each tile two for each part, and a count for each
+/// part. One that stays up would tell a replayed graph, which has the same token, that a piece is there.
+TEST_F(DenseDecodeGpu, LeavesNoFlagUp) {
+  for (const int num_heads_q : {16, 128}) {
+    for (const int batch : {static_cast<int>(kSeqlens.size()), 1}) {
+      SCOPED_TRACE(std::to_string(num_heads_q) + " heads, batch " + std::to_string(batch));
+      HostCase host(Extents{num_heads_q, 1, 64, false});
+      if (batch == 1) host.cache_seqlens[0] = 777;  // few pieces, so that other CTAs merge too
+      DeviceCase device(host);
+      DenseDecodeArguments& args = device.args;
+      for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
+        tensor->shape[0] = batch;
+      }
+      const std::int64_t planned_parts = dense_decode_num_sm_parts(num_heads_q, 1, kGpu);
+      const OnDevice<std::int32_t> metadata(std::vector<std::int32_t>(planned_parts * kTileSchedulerMetadataSize));
+      const OnDevice<std::int32_t> num_splits(std::vector<std::int32_t>(batch + 1));
+      args.tile_scheduler_metadata =
+          make_tensor(metadata.data(), DType::kInt32, kGpu, planned_parts, kTileSchedulerMetadataSize);
+      args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, batch + 1);
+      plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, nullptr);
+      const std::size_t size = dense_decode_workspace_size(args);
+      const OnDevice<std::uint64_t> workspace(std::vector<std::uint64_t>((size + 7) / 8, 0));
+      // A request of 16 heads that is alone gets a part for each block that the table has room for.
+      const std::int64_t parts = batch == 1 && num_heads_q == 16 ? kMaxTokens / 64 : planned_parts;
+      const std::int64_t tiles = num_heads_q > 64 ? 2 : 1;
+      for (int launch = 0; launch < 20; ++launch) {
+        dense_decode(args, workspace.data(), size, nullptr);
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        const std::vector<std::uint64_t> words = workspace.to_host();
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+          for (std::int64_t slot = 0; slot < 2 * parts; ++slot) {
+            ASSERT_EQ(words[tile * 3 * parts + slot], 0U) << "launch " << launch << ", tile " << tile << ", slot " << slot;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(DenseDecodeGpu, ChecksTheWorkspace) {
   const DeviceCase device(HostCase(Extents{16, 1, 64, false}));
   EXPECT_THROW(dense_decode(device.args, nullptr, 0, nullptr), InvalidArgument);

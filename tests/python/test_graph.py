@@ -116,6 +116,24 @@ def test_replayed_before_there_is_a_plan(torch: Any, num_heads_q: int, lengths: 
             assert_close(out, lse, *reference, f"after step {step} without a plan")
 
 
+@pytest.mark.parametrize("lengths", [(200,), (1500,), (200, 300), (5000, 70, 900)])
+@pytest.mark.parametrize("num_heads_q", [16, 128])
+@pytest.mark.parametrize("planned", [False, True])
+def test_replays_take_nothing_from_the_one_before(
+    torch: Any, lengths: tuple[int, ...], num_heads_q: int, planned: bool
+) -> None:
+    """A replay launches with the same token again, and finds its own partial results in the workspace."""
+    case = make_case(Spec(lengths, num_heads_q=num_heads_q, spare_columns=320), "cuda")
+    given = plan(case) if planned else {}
+    graph, (out, lse) = capture(torch, lambda: decode(case, **given))
+    for step in range(8):
+        case.k_cache.neg_()
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        graph.replay()
+        assert_close(out, lse, *decode_torch(case), f"replay {step}")
+
+
 def test_sched_meta_inside_the_graph(torch: Any, case: Case) -> None:
     def step() -> list[Results]:
         meta, num_splits = get_mla_metadata()

@@ -16,8 +16,8 @@
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
 
-// Merging the pieces of a split request, within the decode kernel. Each part that has a piece of it merges a slice of
-// the tile. Who may wait for whom: see launch.cuh.
+// Merging the pieces of a split request, within the decode kernel. Parts merge a slice of the tile each: see
+// SplitRequest. Who may wait for whom: see launch.cuh.
 
 namespace flash_mla::sm90 {
 
@@ -26,7 +26,7 @@ namespace flash_mla::sm90 {
 /// flags clears them.
 struct TileFlags {
   std::uint64_t* flags;    // (2 * num_parts,): one for each slot
-  std::uint64_t* readers;  // (num_parts,): warps that have seen their flags of the request that the part begins
+  std::uint64_t* readers;  // (num_parts,): CTAs that have all pieces of the request that the part begins
 
   __device__ TileFlags(const DenseDecodeParams& params, int tile) {
     flags = params.flags + static_cast<std::int64_t>(tile) * kFlagsPerPart * params.num_parts;
@@ -103,6 +103,7 @@ class Combine {
     QuadSum sum;
     std::uint64_t readers = 0;
 
+    static_assert(scheduler::kMaxParts <= 32 * kWarps, "a lane for each piece");
     const int piece_bytes = count * kUnitBytes + kPairsBytes;
     const int max_pieces = num_bytes_ / piece_bytes;
 #pragma unroll 1
@@ -113,12 +114,12 @@ class Combine {
       if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, pieces * piece_bytes);
       const int piece = begin + warp() + lane() * kWarps;
       if (piece < begin + pieces) load(split, piece, first, count, shared_ + (piece - begin) * piece_bytes);
-      __syncwarp();
-      // All of the warp's flags are seen: loads that this depends on, so nothing need be released. Not waited for
-      // before it is needed.
-      if (begin + pieces >= n && lane() == 0) readers = ptx::atomic_add(reader_count(split), 1);
       ptx::mbarrier_wait(loaded_, loaded_phase_);
       loaded_phase_ ^= 1;
+      // All pieces are here, so this CTA has seen all flags: loads that this depends on, so nothing need be released.
+      // And this thread has seen the first piece's, before which the count was reset. Not waited for before it is
+      // needed.
+      if (begin + pieces >= n && threadIdx.x == 0) readers = ptx::atomic_add(reader_count(split), 1);
       const std::uint32_t from = shared_ + sharer * piece_bytes;
       const int own_pieces = (pieces - sharer + sharers - 1) / sharers;
 #pragma unroll 1
@@ -180,7 +181,7 @@ class Combine {
   __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
   __device__ std::uint64_t* reader_count(const SplitRequest& split) const { return &flags().readers[split.first_part]; }
   __device__ __forceinline__ void clear_flags(const SplitRequest& split, std::uint64_t readers) const {
-    if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < kWarps * split.num_slices) return;
+    if (warp() != 0 || static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < split.num_slices) return;
     for (int piece = lane(); piece < split.num_pieces; piece += 32) flags().flags[split.slot(piece)] = 0;
   }
 

@@ -48,11 +48,6 @@ struct SlotTile {
   float4* quads;  // (warps, quads of a thread, lanes)
   float4* pairs;  // (kRows / 2,): (maximum, sum) of two rows that lie in the same quads, see RowSum
 
-  /// Rows of a slot.
-  __device__ static int slot_rows(const DenseDecodeParams& params) {
-    return params.num_heads_k * params.tiling.num_tiles * Traits::kRows;
-  }
-
   /// `tile` counts those of all KV heads.
   __device__ SlotTile(const DenseDecodeParams& params, int slot, int tile) {
     const std::int64_t idx = static_cast<std::int64_t>(slot) * params.num_heads_k * params.tiling.num_tiles + tile;

@@ -24,22 +24,9 @@ __device__ __forceinline__ void load_shared_v4(std::uint32_t address, std::uint3
                : "memory");
 }
 
-__device__ __forceinline__ void store_shared(std::uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
 __device__ __forceinline__ void store_shared_v4(std::uint32_t address, const float (&v)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
-}
-__device__ __forceinline__ float load_shared(std::uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ float2 load_shared_v2(std::uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
 }
 __device__ __forceinline__ float4 load_shared_v4(std::uint32_t address) {
   float4 value;
@@ -48,21 +35,6 @@ __device__ __forceinline__ float4 load_shared_v4(std::uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
-}
-
-/// A pointer and a number, 16 bytes.
-template <class T>
-__device__ __forceinline__ void store_shared_v4(std::uint32_t address, T* pointer, float value) {
-  const auto bits = reinterpret_cast<std::uint64_t>(pointer);
-  store_shared_v4(address, static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32),
-                  __float_as_uint(value), 0);
-}
-template <class T>
-__device__ __forceinline__ void load_shared_v4(std::uint32_t address, T*& pointer, float& value) {
-  std::uint32_t low, high, bits, unused;
-  load_shared_v4(address, low, high, bits, unused);
-  pointer = reinterpret_cast<T*>(std::uint64_t{high} << 32 | low);
-  value = __uint_as_float(bits);
 }
 
 /// Orders this thread's ordinary accesses of shared memory before what the async proxy (wgmma, bulk copies) does with
