@@ -218,7 +218,8 @@ TEST_F(DenseDecodeGpu, LeavesNoFlagUp) {
         const std::vector<std::uint64_t> words = workspace.to_host();
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
           for (std::int64_t slot = 0; slot < 2 * parts; ++slot) {
-            ASSERT_EQ(words[tile * 3 * parts + slot], 0U) << "launch " << launch << ", tile " << tile << ", slot " << slot;
+            ASSERT_EQ(words[tile * 3 * parts + slot], 0U)
+                << "launch " << launch << ", tile " << tile << ", slot " << slot;
           }
         }
       }
