@@ -98,8 +98,9 @@ class Combine {
     int sharers = 1;
     while (sharers < kWarps && 2 * sharers * count <= kWarps) sharers *= 2;
     const int sharer = warp() % sharers;
-    int unit = warp() / sharers;  // of the slice
-    Result result(*this, split, first + unit);
+    const int unit = warp() / sharers;  // of the slice
+    const Quad quad = quad_of(first + unit);
+    const Result result(*this, split, quad.row);
     QuadSum sum;
     std::uint64_t readers = 0;
 
@@ -120,16 +121,12 @@ class Combine {
       // And this thread has seen the first piece's, before which the count was reset. Not waited for before it is
       // needed.
       if (begin + pieces >= n && threadIdx.x == 0) readers = ptx::atomic_add(reader_count(split), 1);
-      const std::uint32_t from = shared_ + sharer * piece_bytes;
-      const int own_pieces = (pieces - sharer + sharers - 1) / sharers;
-#pragma unroll 1
-      for (; unit < count; unit += kWarps) {
-        add(sum, from + unit * kUnitBytes, from + count * kUnitBytes + first_pair(first + unit) * kVectorBytes,
-            sharers * piece_bytes, own_pieces);
-        if (count <= kWarps) break;
-        result.write(sum);
-        sum = QuadSum();
-        result = Result(*this, split, first + unit + kWarps);
+      if (count > kWarps) {
+        merge_units(split, first, count, piece_bytes);  // all pieces are there at once: kMinSharedBytes
+      } else if (unit < count) {
+        const std::uint32_t from = shared_ + sharer * piece_bytes;
+        const int own_pieces = (pieces - sharer + sharers - 1) / sharers;
+        add(sum, quads_of(from, unit), pairs_of(from, count, first + unit), sharers * piece_bytes, own_pieces);
       }
     }
     if (sharers > 1) {
@@ -141,42 +138,59 @@ class Combine {
         for (int other = 1; other < sharers; ++other) take(sum, other);
       }
     }
-    if (count <= kWarps && unit < count && sharer == 0) result.write(sum);
+    if (count <= kWarps && unit < count && sharer == 0) result.write(sum, quad.column);
     clear_flags(split, readers);
   }
 
  private:
-  /// Where a thread's quad of a unit goes.
+  /// Where a thread's two rows of a unit go.
   struct Result {
-    Element* out[2];  // null where the row is padding
-    float* lse[2];    // null where another thread writes it
+    Element* out[2] = {};  // null where the row is padding
+    float* lse[2] = {};
 
-    __device__ __forceinline__ Result(const Combine& combine, const SplitRequest& split, int unit) {
-      const Quad quad = Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
+    Result() = default;
+    __device__ __forceinline__ Result(const Combine& combine, const SplitRequest& split, int row) {
       const FinalOutput<Element> output{combine.params_, split.request};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const RowCoordinate at(combine.params_, combine.tile_, combine.head_k_, quad.row + r * Traits::kQuadRowStep);
-        out[r] = at.is_valid ? output.row(at) + quad.column : nullptr;
-        lse[r] = at.is_valid && quad.column == 0 ? output.lse(at) : nullptr;
+        const RowCoordinate at(combine.params_, combine.tile_, combine.head_k_, row + r * Traits::kQuadRowStep);
+        out[r] = at.is_valid ? output.row(at) : nullptr;
+        lse[r] = output.lse(at);
       }
     }
-    __device__ __forceinline__ void write(const QuadSum& sum) const {
+    /// The quad's first column says which thread writes the rows' log-sum-exp: the one that has column 0.
+    __device__ __forceinline__ void write(const QuadSum& sum, int column) const {
+      const float inverse[2] = {inverse_sum(sum.total[0]), inverse_sum(sum.total[1])};
+      write(sum, column, inverse);
+    }
+    __device__ __forceinline__ void write(const QuadSum& sum, int column, const float (&inverse)[2]) const {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (out[r] == nullptr) continue;
-        const float inverse = inverse_sum(sum.total[r]);
         if constexpr (Traits::kQuadColumnStep == 1) {
-          *reinterpret_cast<std::uint32_t*>(out[r]) =
-              pack<Element>(sum.value[2 * r] * inverse, sum.value[2 * r + 1] * inverse);
+          *reinterpret_cast<std::uint32_t*>(out[r] + column) =
+              pack<Element>(sum.value[2 * r] * inverse[r], sum.value[2 * r + 1] * inverse[r]);
         } else {
-          out[r][0] = convert<Element>(sum.value[r] * inverse);
-          out[r][Traits::kQuadColumnStep] = convert<Element>(sum.value[r + 2] * inverse);
+          out[r][column] = convert<Element>(sum.value[r] * inverse[r]);
+          out[r][column + Traits::kQuadColumnStep] = convert<Element>(sum.value[r + 2] * inverse[r]);
         }
-        if (lse[r] != nullptr) *lse[r] = log_sum_exp(sum.max[r], sum.total[r]);
+        if (column == 0) *lse[r] = log_sum_exp(sum.max[r], sum.total[r]);
       }
     }
   };
+
+  /// This lane's quad of a unit of the tile, and where it lies in a piece of the slice; where the sums of its rows do.
+  __device__ static Quad quad_of(int unit) {
+    return Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
+  }
+  __device__ static std::uint32_t quads_of(std::uint32_t piece, int unit_of_slice) {
+    return piece + unit_of_slice * kUnitBytes + lane() * kVectorBytes;
+  }
+  __device__ static std::uint32_t pairs_of(std::uint32_t piece, int count, int unit) {
+    const int pair = Traits::first_pair(unit / Traits::kQuadsPerThread, unit % Traits::kQuadsPerThread) +
+                     Traits::pair_of_lane(lane());
+    return piece + count * kUnitBytes + pair * kVectorBytes;
+  }
 
   __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
   __device__ std::uint64_t* reader_count(const SplitRequest& split) const { return &flags().readers[split.first_part]; }
@@ -196,15 +210,40 @@ class Combine {
     if (count > 0) ptx::bulk_load(to, slot.quads + first * 32, count * kUnitBytes, loaded_);
     ptx::bulk_load(to + count * kUnitBytes, slot.pairs, kPairsBytes, loaded_);
   }
-  __device__ static int first_pair(int unit) {
-    return Traits::first_pair(unit / Traits::kQuadsPerThread, unit % Traits::kQuadsPerThread);
+  /// All of a warp's units, where it has several: in a row, so that few of them have other rows than the one before.
+  __device__ __forceinline__ void merge_units(const SplitRequest& split, int first, int count, int step) const {
+    Result result;
+    QuadSum sum;
+    float inverse[2] = {};
+    int row = -1;
+#pragma unroll 1
+    for (int unit = count * warp() / kWarps; unit < count * (warp() + 1) / kWarps; ++unit) {
+      const Quad quad = quad_of(first + unit);
+      const std::uint32_t quads = quads_of(shared_, unit);
+      const std::uint32_t pairs = pairs_of(shared_, count, first + unit);
+      if (quad.row != row) {
+        row = quad.row;
+        result = Result(*this, split, row);
+        sum = QuadSum();
+        add(sum, pairs, pairs, step, split.num_pieces);  // for the maxima and totals
+        inverse[0] = inverse_sum(sum.total[0]);
+        inverse[1] = inverse_sum(sum.total[1]);
+      }
+#pragma unroll
+      for (float& value : sum.value) value = 0.0F;
+#pragma unroll 4
+      for (int piece = 0; piece < split.num_pieces; ++piece) {
+        const float4 rows = ptx::load_shared_v4(pairs + piece * step);
+        const float weight[2] = {ptx::exp2_approx(rows.x - sum.max[0]), ptx::exp2_approx(rows.z - sum.max[1])};
+        add_values(sum, ptx::load_shared_v4(quads + piece * step), weight);
+      }
+      result.write(sum, quad.column, inverse);
+    }
   }
 
   /// Adds `count` pieces of a unit, whose quads and sums lie at these addresses, and `step` bytes further for the next.
   __device__ __forceinline__ void add(QuadSum& sum, std::uint32_t quads, std::uint32_t pairs, int step,
                                       int count) const {
-    quads += lane() * kVectorBytes;
-    pairs += Traits::pair_of_lane(lane()) * kVectorBytes;
     float max[2] = {sum.max[0], sum.max[1]};
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
@@ -223,6 +262,9 @@ class Combine {
     const float weight[2] = {ptx::exp2_approx(rows.x - sum.max[0]), ptx::exp2_approx(rows.z - sum.max[1])};
     sum.total[0] = fmaf(weight[0], rows.y, sum.total[0]);
     sum.total[1] = fmaf(weight[1], rows.w, sum.total[1]);
+    add_values(sum, quad, weight);
+  }
+  __device__ __forceinline__ static void add_values(QuadSum& sum, const float4& quad, const float (&weight)[2]) {
     sum.value[0] = fmaf(weight[Traits::quad_row(0)], quad.x, sum.value[0]);
     sum.value[1] = fmaf(weight[Traits::quad_row(1)], quad.y, sum.value[1]);
     sum.value[2] = fmaf(weight[Traits::quad_row(2)], quad.z, sum.value[2]);
