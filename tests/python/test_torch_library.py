@@ -262,6 +262,7 @@ def test_operations_are_what_they_say(where: str, name: str) -> None:
     spec = Spec(lengths=(70, 129, 64), seqlen_q=2, num_heads_q=6, num_heads_k=3, causal=True)
     case = make_case(spec, where)
     case.k_cache.nan_to_num_(nan=0.1)
+    import_module("flash_mla.torch_library")  # registers them, whatever other tests have needed before
     operation = getattr(torch_module.ops.flash_mla, name.partition(" ")[0]).default
     torch_module.library.opcheck(operation, operation_arguments(case)[name])
 
