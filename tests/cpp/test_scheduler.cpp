@@ -156,7 +156,9 @@ TEST(Scheduler, PlansARequestThatIsAloneLikeAnyOther) {
         EXPECT_EQ(row.end_request, plan.parts[p].end_request);
         EXPECT_EQ(row.end_block, plan.parts[p].end_block);
         EXPECT_EQ(row.num_pieces, plan.parts[p].num_pieces);
-        if (row.begin_block > 0) EXPECT_EQ(row.first_part, plan.parts[p].first_part);
+        if (row.begin_block > 0) {
+          EXPECT_EQ(row.first_part, plan.parts[p].first_part);
+        }
       }
     }
   }
