@@ -10,7 +10,7 @@ namespace flash_mla::sm90 {
 /// Launches the decode kernel that fits the tiles on `stream` of the current device.
 void launch_dense_decode(const DenseDecodeParams& params, DType dtype, CUstream_st* stream);
 
-// By dtype, one file each. The narrow kernels take up to kMaxNarrowRows query rows.
+// By dtype, one file each. The narrow kernels take tiles of up to kMaxNarrowRows query rows.
 void launch_dense_decode_bf16(const DenseDecodeParams& params, CUstream_st* stream);
 void launch_dense_decode_fp16(const DenseDecodeParams& params, CUstream_st* stream);
 void launch_dense_decode_narrow_bf16(const DenseDecodeParams& params, CUstream_st* stream);

@@ -16,9 +16,9 @@ namespace flash_mla::sm90 {
 /// consumer warpgroups, and one of warps that load and plan. Where CTAs may not wait for each other, as many again come
 /// behind them and merge split requests (launch.cuh).
 ///
-/// Kernel has Traits, Storage and three functions: init_shared, by all threads; consume, by the consumer warpgroups;
-/// and produce, by the warps of the last warpgroup, numbered from its first one. Warp 0 of these has the plan first,
-/// and loads at once; the others wait for it.
+/// Kernel has Traits, Storage and three functions: init_shared, by all threads, thread 0 with a fence_mbarrier_init();
+/// consume, by the consumer warpgroups; and produce, by the warps of the last warpgroup, numbered from its first one.
+/// Warp 0 of these has the plan first, and loads at once; the others wait for it.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -29,6 +29,13 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   const int head_k = blockIdx.y;
   const QueryTile tile(params.tiling, blockIdx.x);
 
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&params.q_map);
+    ptx::prefetch_tensor_map(&params.k_cache_map);
+    init_plan(shared.plan, Traits::kConsumerThreads);
+    shared.merge_barriers.init(Traits::kConsumerThreads);
+    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+  }
   Kernel::init_shared(params, shared);
   __syncthreads();
   ptx::wait_for_previous_grids();

@@ -11,7 +11,6 @@
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
-#include "sm90/ptx/tma.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -24,11 +23,6 @@ struct DenseDecodeKernel {
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
     constexpr int kWarps = Traits::kWarpgroupWarps;
     if (threadIdx.x == 0) {
-      ptx::prefetch_tensor_map(&params.q_map);
-      ptx::prefetch_tensor_map(&params.k_cache_map);
-      init_plan(shared.plan, Traits::kConsumerThreads);
-      shared.merge_barriers.init(Traits::kConsumerThreads);
-      ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
       ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
       for (auto& barrier : shared.exchange_full) {
         ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);

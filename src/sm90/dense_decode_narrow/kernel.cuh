@@ -10,12 +10,11 @@
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
-#include "sm90/ptx/tma.cuh"
 
 namespace flash_mla::sm90 {
 
-/// Dense MLA decode where all query rows of a request that share a KV head fit into one tile of Traits::kRows: what is
-/// its own beside the common entry (dense_decode/entry.cuh).
+/// Dense MLA decode of tiles of Traits::kRows query rows, 16 or 32: what is its own beside the common entry
+/// (dense_decode/entry.cuh).
 template <class Traits_>
 struct NarrowDecodeKernel {
   using Traits = Traits_;
@@ -23,11 +22,6 @@ struct NarrowDecodeKernel {
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
     if (threadIdx.x == 0) {
-      ptx::prefetch_tensor_map(&params.q_map);
-      ptx::prefetch_tensor_map(&params.k_cache_map);
-      init_plan(shared.plan, Traits::kConsumerThreads);
-      shared.merge_barriers.init(Traits::kConsumerThreads);
-      ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
       ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
       ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
       ptx::fence_mbarrier_init();
