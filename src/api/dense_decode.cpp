@@ -28,8 +28,7 @@ constexpr float kLog2E = 1.44269504088896340736F;
 /// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
 struct Workspace {
   std::size_t flags;
-  std::size_t out_accum;
-  std::size_t sum_accum;
+  std::size_t slots;
   std::size_t size;
 };
 
@@ -88,14 +87,12 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, const Work& work) {
     return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
   const auto num_parts = static_cast<std::size_t>(work.num_parts);
-  const auto rows = static_cast<std::size_t>(work.tiling.rows);
   const std::size_t num_tiles = static_cast<std::size_t>(work.tiling.num_tiles * shape.num_heads_k);
   const std::size_t slot_tiles = 2 * num_parts * num_tiles;
   Workspace workspace{};
   workspace.flags = shape.num_sm_parts > 0 ? 0 : num_parts * sizeof(scheduler::Part);
-  workspace.out_accum = align(workspace.flags + num_tiles * sm90::kFlagsPerPart * num_parts * sizeof(std::uint64_t));
-  workspace.sum_accum = workspace.out_accum + slot_tiles * rows * kHeadDimV * sizeof(float);
-  workspace.size = workspace.sum_accum + slot_tiles * rows * sizeof(sm90::RowSum);
+  workspace.slots = align(workspace.flags + num_tiles * sm90::kFlagsPerPart * num_parts * sizeof(std::uint64_t));
+  workspace.size = workspace.slots + slot_tiles * static_cast<std::size_t>(sm90::slot_bytes(work.tiling.rows));
   return workspace;
 }
 
@@ -204,8 +201,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   sm90::DenseDecodeParams params = make_params(args, shape, work);
   params.token = next_launch_token();
   params.flags = reinterpret_cast<std::uint64_t*>(bytes + layout.flags);
-  params.out_accum = reinterpret_cast<float*>(bytes + layout.out_accum);
-  params.sum_accum = reinterpret_cast<float4*>(bytes + layout.sum_accum);
+  params.slots = bytes + layout.slots;
   if (args.tile_scheduler_metadata && !work.plans_itself) {
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
   } else if (!scheduler::plans_within_a_warp(params.batch_size, work.num_parts)) {

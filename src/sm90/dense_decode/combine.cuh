@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cmath>
 #include <cstdint>
 
@@ -7,6 +9,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/softmax.cuh"
@@ -55,141 +58,135 @@ __device__ inline void publish_pieces(const DenseDecodeParams& params, const Til
   }
 }
 
-/// A weighted sum of pieces in a quad: two rows by two columns. Maxima in base 2.
-struct QuadSum {
-  float max[2] = {kNoMax, kNoMax};
-  float total[2] = {0.0F, 0.0F};
-  float value[4] = {0.0F, 0.0F, 0.0F, 0.0F};
-};
-
 /// Merges one slice of a split request's tile. By all consumer threads. The slice of all pieces comes into shared
-/// memory by bulk copies, which lanes issue as they see the pieces' flags. A unit is a quad of each lane of a
-/// warp; each unit has a warp, or several that share its pieces where the slice has few units.
+/// memory by bulk copies, which lanes issue as they see the pieces' flags. A unit is an octet of each lane of a warp.
+/// Each row's weights are computed once; then each unit has a warp, or several that share its pieces where the slice
+/// has few units.
 ///
 /// All of this runs once, so what counts is how many instructions follow on one another.
 template <class Traits>
 class Combine {
   using Element = typename Traits::Element;
+  using Slot = SlotTile<Traits>;
   static constexpr int kWarps = Traits::kConsumerWarps;
-  static constexpr int kVectorBytes = sizeof(float4);
-  static constexpr int kUnitBytes = 32 * kVectorBytes;
-  static constexpr int kPairsBytes = Traits::kRows / 2 * kVectorBytes;
+  static constexpr int kNumUnits = kWarps * Traits::kOctetsPerThread;
+  static constexpr int kUnitBytes = 32 * sizeof(uint4);
+  static constexpr int kWarpRowBytes = Slot::kRows * sizeof(float);
+  static constexpr int kSumBytes = 32 * 8 * sizeof(float);  // a warp's sum of its pieces, on its way to another
+
+  /// A slice of a tile: units, and the writing warps whose rows they lie in.
+  struct Slice {
+    int first;
+    int count;
+    int first_writer;
+    int num_writers;
+
+    __device__ __forceinline__ Slice(int slice, int num_slices)
+        : first(kNumUnits * slice / num_slices), count(kNumUnits * (slice + 1) / num_slices - first) {
+      first_writer = first / Traits::kOctetsPerThread;
+      num_writers = count > 0 ? (first + count - 1) / Traits::kOctetsPerThread - first_writer + 1 : 1;
+    }
+    __device__ int piece_bytes() const { return count * kUnitBytes + num_writers * Slot::kRowsBytes; }
+    /// From the begin of a piece on.
+    __device__ int rows_of_writer(int writer) const { return count * kUnitBytes + writer * Slot::kRowsBytes; }
+    __device__ int writer_of(int unit) const { return (first + unit) / Traits::kOctetsPerThread - first_writer; }
+  };
+
+  static constexpr int shared_bytes(int num_pieces) {
+    const int count = (kNumUnits + num_pieces - 1) / num_pieces;
+    const int writers = count > 1 ? (count - 2) / Traits::kOctetsPerThread + 2 : 1;
+    return num_pieces * (count * kUnitBytes + (writers < kWarps ? writers : kWarps) * Slot::kRowsBytes) +
+           kWarps * (2 * kWarpRowBytes + kSumBytes);
+  }
+  static constexpr int max_shared_bytes() {
+    int most = 0;
+    for (int pieces = 2; pieces <= scheduler::kMaxParts; ++pieces) {
+      if (shared_bytes(pieces) > most) most = shared_bytes(pieces);
+    }
+    return most;
+  }
 
  public:
-  /// Shared memory that is enough: for all pieces where a warp has several units, for one where it has one.
-  static constexpr int kMinSharedBytes = (Traits::kNumUnits + 4 * kWarps) * kUnitBytes + 4 * kWarps * kPairsBytes;
+  /// Shared memory that is enough for any number of pieces.
+  static constexpr int kMinSharedBytes = max_shared_bytes();
 
-  /// `shared`: `num_bytes` of shared memory that nothing else uses any more once all consumers are here, aligned to 16
-  /// bytes. `barriers`: what nothing else uses.
+  /// `shared`: shared memory that nothing else uses any more once all consumers are here, aligned to 16 bytes.
+  /// `barriers`: what nothing else uses.
   __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, std::uint32_t shared,
-                     int num_bytes, MergeBarriers& barriers)
+                     MergeBarriers& barriers)
       : params_(params),
         tile_(tile),
         head_k_(head_k),
         shared_(shared),
-        num_bytes_(num_bytes),
         met_(ptx::shared_address(&barriers.met)),
         loaded_(ptx::shared_address(&barriers.loaded)) {}
 
-  __device__ __forceinline__ void run(const SplitRequest& split, int slice) {
+  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx) {
+    const Slice slice(slice_idx, split.num_slices);
     const int n = split.num_pieces;
-    const int first = Traits::kNumUnits * slice / split.num_slices;
-    const int count = Traits::kNumUnits * (slice + 1) / split.num_slices - first;
     int sharers = 1;
-    while (sharers < kWarps && 2 * sharers * count <= kWarps) sharers *= 2;
+    while (sharers < kWarps && 2 * sharers * slice.count <= kWarps) sharers *= 2;
     const int sharer = warp() % sharers;
-    const int unit = warp() / sharers;  // of the slice
-    const Quad quad = quad_of(first + unit);
-    const Result result(*this, split, quad.row);
-    QuadSum sum;
-    std::uint64_t readers = 0;
+    int unit = sharers > 1 ? warp() / sharers : slice.count * warp() / kWarps;
+    const int end = sharers > 1 ? unit + 1 : slice.count * (warp() + 1) / kWarps;
+    int row = octet_of(slice.first + unit).row;
+    Result result(*this, split, row);
 
     static_assert(scheduler::kMaxParts <= 32 * kWarps, "a lane for each piece");
-    const int piece_bytes = count * kUnitBytes + kPairsBytes;
-    const int max_pieces = num_bytes_ / piece_bytes;
+    ptx::fence_proxy_async();
+    sync();  // shared memory is free
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, n * slice.piece_bytes());
+    if (const int piece = warp() + lane() * kWarps; piece < n) load(split, piece, slice);
+    ptx::mbarrier_wait(loaded_, loaded_phase_);
+    loaded_phase_ ^= 1;
+    // All pieces are here, so this CTA has seen all flags: loads that this depends on, so nothing need be released.
+    // And this thread has seen the first piece's, before which the count was reset. Not waited for before it is
+    // needed.
+    const std::uint64_t readers = threadIdx.x == 0 ? ptx::atomic_add(reader_count(split), 1) : 0;
+    const int parts_of_total = weigh(slice, n);
+    sync();
 #pragma unroll 1
-    for (int begin = 0; begin < n; begin += max_pieces) {
-      const int pieces = min(max_pieces, n - begin);
-      ptx::fence_proxy_async();
-      sync();  // shared memory is free
-      if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, pieces * piece_bytes);
-      const int piece = begin + warp() + lane() * kWarps;
-      if (piece < begin + pieces) load(split, piece, first, count, shared_ + (piece - begin) * piece_bytes);
-      ptx::mbarrier_wait(loaded_, loaded_phase_);
-      loaded_phase_ ^= 1;
-      // All pieces are here, so this CTA has seen all flags: loads that this depends on, so nothing need be released.
-      // And this thread has seen the first piece's, before which the count was reset. Not waited for before it is
-      // needed.
-      if (begin + pieces >= n && threadIdx.x == 0) readers = ptx::atomic_add(reader_count(split), 1);
-      if (count > kWarps) {
-        merge_units(split, first, count, piece_bytes);  // all pieces are there at once: kMinSharedBytes
-      } else if (unit < count) {
-        const std::uint32_t from = shared_ + sharer * piece_bytes;
-        const int own_pieces = (pieces - sharer + sharers - 1) / sharers;
-        add(sum, quads_of(from, unit), pairs_of(from, count, first + unit), sharers * piece_bytes, own_pieces);
-      }
-    }
-    if (sharers > 1) {
-      sync();
-      give(sum);
-      sync();
-      if (sharer == 0) {
+    for (; unit < end; ++unit) {
+      const bool is_unit = unit < slice.count;
+      float value[8] = {};
+      add(value, slice, unit, sharer, sharers, is_unit ? n : 0);
+      if (sharers > 1) {
+        if (sharer > 0) give(value, n * slice.piece_bytes());
+        sync();
+        if (sharer > 0 || !is_unit) break;
 #pragma unroll 1
-        for (int other = 1; other < sharers; ++other) take(sum, other);
+        for (int other = 1; other < sharers; ++other) take(value, n * slice.piece_bytes(), other);
       }
+      const Octet octet = octet_of(slice.first + unit);
+      if (octet.row != row) {
+        row = octet.row;
+        result = Result(*this, split, row);
+      }
+      write(result, value, octet, n * slice.piece_bytes(), slice.writer_of(unit), parts_of_total);
     }
-    if (count <= kWarps && unit < count && sharer == 0) result.write(sum, quad.column);
     clear_flags(split, readers);
   }
 
  private:
   /// Where a thread's two rows of a unit go.
   struct Result {
-    Element* out[2] = {};  // null where the row is padding
-    float* lse[2] = {};
+    Element* out[2];  // null where the row is padding
+    float* lse[2];
 
-    Result() = default;
     __device__ __forceinline__ Result(const Combine& combine, const SplitRequest& split, int row) {
       const FinalOutput<Element> output{combine.params_, split.request};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const RowCoordinate at(combine.params_, combine.tile_, combine.head_k_, row + r * Traits::kQuadRowStep);
+        const RowCoordinate at(combine.params_, combine.tile_, combine.head_k_, row + r * Traits::kOctetRowStep);
         out[r] = at.is_valid ? output.row(at) : nullptr;
         lse[r] = output.lse(at);
       }
     }
-    /// The quad's first column says which thread writes the rows' log-sum-exp: the one that has column 0.
-    __device__ __forceinline__ void write(const QuadSum& sum, int column) const {
-      const float inverse[2] = {inverse_sum(sum.total[0]), inverse_sum(sum.total[1])};
-      write(sum, column, inverse);
-    }
-    __device__ __forceinline__ void write(const QuadSum& sum, int column, const float (&inverse)[2]) const {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (out[r] == nullptr) continue;
-        if constexpr (Traits::kQuadColumnStep == 1) {
-          *reinterpret_cast<std::uint32_t*>(out[r] + column) =
-              pack<Element>(sum.value[2 * r] * inverse[r], sum.value[2 * r + 1] * inverse[r]);
-        } else {
-          out[r][column] = convert<Element>(sum.value[r] * inverse[r]);
-          out[r][column + Traits::kQuadColumnStep] = convert<Element>(sum.value[r + 2] * inverse[r]);
-        }
-        if (column == 0) *lse[r] = log_sum_exp(sum.max[r], sum.total[r]);
-      }
-    }
   };
 
-  /// This lane's quad of a unit of the tile, and where it lies in a piece of the slice; where the sums of its rows do.
-  __device__ static Quad quad_of(int unit) {
-    return Traits::quad(unit / Traits::kQuadsPerThread, lane(), unit % Traits::kQuadsPerThread);
-  }
-  __device__ static std::uint32_t quads_of(std::uint32_t piece, int unit_of_slice) {
-    return piece + unit_of_slice * kUnitBytes + lane() * kVectorBytes;
-  }
-  __device__ static std::uint32_t pairs_of(std::uint32_t piece, int count, int unit) {
-    const int pair = Traits::first_pair(unit / Traits::kQuadsPerThread, unit % Traits::kQuadsPerThread) +
-                     Traits::pair_of_lane(lane());
-    return piece + count * kUnitBytes + pair * kVectorBytes;
+  /// This lane's octet of a unit of the tile.
+  __device__ static Octet octet_of(int unit) {
+    return Traits::octet(unit / Traits::kOctetsPerThread, lane(), unit % Traits::kOctetsPerThread);
   }
 
   __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
@@ -199,101 +196,128 @@ class Combine {
     for (int piece = lane(); piece < split.num_pieces; piece += 32) flags().flags[split.slot(piece)] = 0;
   }
 
-  /// Waits for a piece, and brings its share of the slice to `to`: units, then the sums of all rows. By one thread.
-  __device__ __forceinline__ void load(const SplitRequest& split, int piece, int first, int count,
-                                       std::uint32_t to) const {
-    const SlotTile<Traits> slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
+  /// Waits for a piece, and brings its share of the slice: units, then rows. By one thread.
+  __device__ __forceinline__ void load(const SplitRequest& split, int piece, const Slice& slice) const {
+    const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
+    const std::uint32_t to = shared_ + piece * slice.piece_bytes();
     const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
     while (ptx::load_acquire(flag) != params_.token) {
     }
     ptx::fence_proxy_async_global();
-    if (count > 0) ptx::bulk_load(to, slot.quads + first * 32, count * kUnitBytes, loaded_);
-    ptx::bulk_load(to + count * kUnitBytes, slot.pairs, kPairsBytes, loaded_);
+    if (slice.count > 0) ptx::bulk_load(to, slot.octets + slice.first * 32, slice.count * kUnitBytes, loaded_);
+    ptx::bulk_load(to + slice.rows_of_writer(0), slot.rows + slice.first_writer * Slot::kRowsBytes,
+                   slice.num_writers * Slot::kRowsBytes, loaded_);
   }
-  /// All of a warp's units, where it has several: in a row, so that few of them have other rows than the one before.
-  __device__ __forceinline__ void merge_units(const SplitRequest& split, int first, int count, int step) const {
-    Result result;
-    QuadSum sum;
-    float inverse[2] = {};
-    int row = -1;
+
+  /// Turns scales into weights, and writes each row's maximum and total. The warps divide the writers among them, or
+  /// several share the pieces of one; returns how many, each of which has a part of the total.
+  __device__ __forceinline__ int weigh(const Slice& slice, int n) const {
+    constexpr int kSubs = 32 / Slot::kRows;  // pieces that a warp looks at at once
+    int sharers = kWarps;
+    while (sharers * slice.num_writers > kWarps) sharers /= 2;
+    const int writer = warp() / sharers;
+    if (writer >= slice.num_writers) return sharers;
+    const int step = slice.piece_bytes();
+    const int sub = lane() / Slot::kRows;
+    const std::uint32_t rows = shared_ + slice.rows_of_writer(writer) + lane() % Slot::kRows * sizeof(float);
+    float max = kNoMax;
+#pragma unroll 4
+    for (int piece = sub; piece < n; piece += kSubs) max = fmaxf(max, ptx::load_shared_f32(rows + piece * step));
+    if constexpr (kSubs == 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, Slot::kRows));
+    float total = 0.0F;
+#pragma unroll 2
+    for (int piece = warp() % sharers * kSubs + sub; piece < n; piece += sharers * kSubs) {
+      const std::uint32_t at = rows + piece * step;
+      const float weight = ptx::exp2_approx(ptx::load_shared_f32(at) - max);
+      total = fmaf(weight, ptx::load_shared_f32(at + kWarpRowBytes), total);
+      ptx::store_shared_f32(at + 2 * kWarpRowBytes, weight * ptx::load_shared_f32(at + 2 * kWarpRowBytes));
+    }
+    if constexpr (kSubs == 2) total += __shfl_xor_sync(~0U, total, Slot::kRows);
+    if (sub == 0) {
+      const std::uint32_t at = merged_rows(n * step, warp()) + lane() * sizeof(float);
+      ptx::store_shared_f32(at, max);
+      ptx::store_shared_f32(at + kWarpRowBytes, total);
+    }
+    return sharers;
+  }
+
+  /// Adds every `sharers`-th of `n` pieces of a unit.
+  __device__ __forceinline__ void add(float (&value)[8], const Slice& slice, int unit, int sharer, int sharers,
+                                      int n) const {
+    const int step = slice.piece_bytes();
+    const int pair = octet_of(slice.first + unit).pair;
+    const std::uint32_t octets = shared_ + unit * kUnitBytes + lane() * sizeof(uint4);
+    const std::uint32_t weights = shared_ + slice.rows_of_writer(slice.writer_of(unit)) + 2 * kWarpRowBytes +
+                                  pair * static_cast<int>(sizeof(float2));
+#pragma unroll 4
+    for (int piece = sharer; piece < n; piece += sharers) {
+      std::uint32_t halves[4];
+      ptx::load_shared_v4(octets + piece * step, halves[0], halves[1], halves[2], halves[3]);
+      const float2 of_rows = ptx::load_shared_v2(weights + piece * step);
+      const float weight[2] = {of_rows.x, of_rows.y};
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const float2 two = __half22float2(reinterpret_cast<const __half2&>(halves[i / 2]));
+        value[i] = fmaf(weight[Traits::octet_row(i)], two.x, value[i]);
+        value[i + 1] = fmaf(weight[Traits::octet_row(i + 1)], two.y, value[i + 1]);
+      }
+    }
+  }
+
+  /// `used`: the bytes of all pieces, behind which each warp has some memory.
+  __device__ __forceinline__ void write(const Result& result, const float (&value)[8], const Octet& octet, int used,
+                                        int writer, int parts_of_total) const {
+    float2 total = {0.0F, 0.0F};
+    const std::uint32_t rows =
+        merged_rows(used, writer * parts_of_total) + octet.pair * static_cast<int>(sizeof(float2));
 #pragma unroll 1
-    for (int unit = count * warp() / kWarps; unit < count * (warp() + 1) / kWarps; ++unit) {
-      const Quad quad = quad_of(first + unit);
-      const std::uint32_t quads = quads_of(shared_, unit);
-      const std::uint32_t pairs = pairs_of(shared_, count, first + unit);
-      if (quad.row != row) {
-        row = quad.row;
-        result = Result(*this, split, row);
-        sum = QuadSum();
-        add(sum, pairs, pairs, step, split.num_pieces);  // for the maxima and totals
-        inverse[0] = inverse_sum(sum.total[0]);
-        inverse[1] = inverse_sum(sum.total[1]);
-      }
+    for (int i = 0; i < parts_of_total; ++i) {
+      const float2 part = ptx::load_shared_v2(rows + 2 * i * kWarpRowBytes + kWarpRowBytes);
+      total.x += part.x;
+      total.y += part.y;
+    }
+    const float inverse[2] = {inverse_sum(total.x), inverse_sum(total.y)};
 #pragma unroll
-      for (float& value : sum.value) value = 0.0F;
-#pragma unroll 4
-      for (int piece = 0; piece < split.num_pieces; ++piece) {
-        const float4 rows = ptx::load_shared_v4(pairs + piece * step);
-        const float weight[2] = {ptx::exp2_approx(rows.x - sum.max[0]), ptx::exp2_approx(rows.z - sum.max[1])};
-        add_values(sum, ptx::load_shared_v4(quads + piece * step), weight);
+    for (int i = 0; i < 8; ++i) {
+      const int r = Traits::octet_row(i);
+      Element* const out = result.out[r];
+      const int column = octet.column + Traits::octet_column(i);
+      if constexpr (Traits::octet_column(1) == 1) {
+        if (i % 2 == 0 && out != nullptr) {
+          *reinterpret_cast<std::uint32_t*>(out + column) =
+              pack<Element>(value[i] * inverse[r], value[i + 1] * inverse[r]);
+        }
+      } else if (out != nullptr) {
+        out[column] = convert<Element>(value[i] * inverse[r]);
       }
-      result.write(sum, quad.column, inverse);
+    }
+    if (octet.column == 0) {
+      const float2 max = ptx::load_shared_v2(rows);
+      if (result.out[0] != nullptr) *result.lse[0] = log_sum_exp(max.x, total.x);
+      if (result.out[1] != nullptr) *result.lse[1] = log_sum_exp(max.y, total.y);
     }
   }
 
-  /// Adds `count` pieces of a unit, whose quads and sums lie at these addresses, and `step` bytes further for the next.
-  __device__ __forceinline__ void add(QuadSum& sum, std::uint32_t quads, std::uint32_t pairs, int step,
-                                      int count) const {
-    float max[2] = {sum.max[0], sum.max[1]};
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const float4 rows = ptx::load_shared_v4(pairs + i * step);
-      max[0] = fmaxf(max[0], rows.x);
-      max[1] = fmaxf(max[1], rows.z);
-    }
-    raise_max(sum, max[0], max[1]);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      add(sum, ptx::load_shared_v4(quads + i * step), ptx::load_shared_v4(pairs + i * step));
-    }
+  /// A warp's rows as weigh() writes them: maxima, then parts of totals.
+  __device__ std::uint32_t merged_rows(int used, int warp) const { return shared_ + used + warp * 2 * kWarpRowBytes; }
+  __device__ std::uint32_t shared_sum(int used, int warp) const {
+    return merged_rows(used, kWarps) + warp * kSumBytes + lane() * static_cast<int>(sizeof(float4));
   }
-  /// `rows`: (maximum, sum) of two rows; no maximum above those of `sum`.
-  __device__ __forceinline__ static void add(QuadSum& sum, const float4& quad, const float4& rows) {
-    const float weight[2] = {ptx::exp2_approx(rows.x - sum.max[0]), ptx::exp2_approx(rows.z - sum.max[1])};
-    sum.total[0] = fmaf(weight[0], rows.y, sum.total[0]);
-    sum.total[1] = fmaf(weight[1], rows.w, sum.total[1]);
-    add_values(sum, quad, weight);
+  __device__ __forceinline__ void give(const float (&v)[8], int used) const {
+    ptx::store_shared_v4(shared_sum(used, warp()), {v[0], v[1], v[2], v[3]});
+    ptx::store_shared_v4(shared_sum(used, warp()) + kSumBytes / 2, {v[4], v[5], v[6], v[7]});
   }
-  __device__ __forceinline__ static void add_values(QuadSum& sum, const float4& quad, const float (&weight)[2]) {
-    sum.value[0] = fmaf(weight[Traits::quad_row(0)], quad.x, sum.value[0]);
-    sum.value[1] = fmaf(weight[Traits::quad_row(1)], quad.y, sum.value[1]);
-    sum.value[2] = fmaf(weight[Traits::quad_row(2)], quad.z, sum.value[2]);
-    sum.value[3] = fmaf(weight[Traits::quad_row(3)], quad.w, sum.value[3]);
-  }
-  __device__ __forceinline__ static void raise_max(QuadSum& sum, float max0, float max1) {
-    const float scale[2] = {ptx::exp2_approx(sum.max[0] - max0), ptx::exp2_approx(sum.max[1] - max1)};
-    sum.max[0] = max0;
-    sum.max[1] = max1;
-    sum.total[0] *= scale[0];
-    sum.total[1] *= scale[1];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum.value[i] *= scale[Traits::quad_row(i)];
-  }
-
-  // The sum of a warp's pieces on its way to the first of the sharers.
-  __device__ std::uint32_t shared_sum(int warp) const {
-    return shared_ + 2 * warp * kUnitBytes + lane() * kVectorBytes;
-  }
-  __device__ __forceinline__ void give(const QuadSum& sum) const {
-    const float rows[4] = {sum.max[0], sum.total[0], sum.max[1], sum.total[1]};
-    ptx::store_shared_v4(shared_sum(warp()), sum.value);
-    ptx::store_shared_v4(shared_sum(warp()) + kUnitBytes, rows);
-  }
-  __device__ __forceinline__ void take(QuadSum& sum, int other) const {
-    const std::uint32_t from = shared_sum(warp() + other);
-    const float4 rows = ptx::load_shared_v4(from + kUnitBytes);
-    raise_max(sum, fmaxf(sum.max[0], rows.x), fmaxf(sum.max[1], rows.z));
-    add(sum, ptx::load_shared_v4(from), rows);  // a sum is weighed like a piece
+  __device__ __forceinline__ void take(float (&v)[8], int used, int other) const {
+    const float4 low = ptx::load_shared_v4(shared_sum(used, warp() + other));
+    const float4 high = ptx::load_shared_v4(shared_sum(used, warp() + other) + kSumBytes / 2);
+    v[0] += low.x;
+    v[1] += low.y;
+    v[2] += low.z;
+    v[3] += low.w;
+    v[4] += high.x;
+    v[5] += high.y;
+    v[6] += high.z;
+    v[7] += high.w;
   }
 
   __device__ static int warp() { return threadIdx.x / 32; }
@@ -310,7 +334,6 @@ class Combine {
   const QueryTile& tile_;
   const int head_k_;
   const std::uint32_t shared_;
-  const int num_bytes_;
   const std::uint32_t met_;
   const std::uint32_t loaded_;
   std::uint32_t met_phase_ = 0;
@@ -322,8 +345,7 @@ class Combine {
 template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k, int part_idx) {
-  Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), Storage::kMergeBytes,
-                          shared.merge_barriers);
+  Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (const SplitRequest& found : shared.plan.splits) {

@@ -5,6 +5,7 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -41,24 +42,6 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
   constexpr float kLn2 = 0.693147180559945309417F;
   return sum == 0.0F ? INFINITY : (max + log2f(sum)) * kLn2;
 }
-
-/// A tile's memory in a slot of the workspace.
-template <class Traits>
-struct SlotTile {
-  float4* quads;  // (warps, quads of a thread, lanes)
-  float4* pairs;  // (kRows / 2,): (maximum, sum) of two rows that lie in the same quads, see RowSum
-
-  /// `tile` counts those of all KV heads.
-  __device__ SlotTile(const DenseDecodeParams& params, int slot, int tile) {
-    const std::int64_t idx = static_cast<std::int64_t>(slot) * params.num_heads_k * params.tiling.num_tiles + tile;
-    quads = reinterpret_cast<float4*>(params.out_accum) + idx * (Traits::kRows * kHeadDimV / 4);
-    pairs = params.sum_accum + idx * (Traits::kRows / 2);
-  }
-  /// Where this consumer thread's quads begin; the next is 32 further.
-  __device__ float4* own_quads() const {
-    return quads + threadIdx.x / 32 * Traits::kQuadsPerThread * 32 + threadIdx.x % 32;
-  }
-};
 
 /// Where a request's results go.
 template <class Element>
@@ -106,15 +89,22 @@ class Epilogue {
   __device__ __forceinline__ void write_partial(const float (&o)[2][64], const float (&row_max)[2],
                                                 const float (&row_sum)[2], int tile) const {
     const SlotTile<Traits> slot(params_, piece_.slot, tile);
-    float4* const quads = slot.own_quads();
+    float largest[2] = {0.0F, 0.0F};
 #pragma unroll
-    for (int i = 0; i < Traits::kQuadsPerThread; ++i) {
-      const float* const v = &o[i / 16][i % 16 * 4];
-      quads[i * 32] = make_float4(v[0], v[1], v[2], v[3]);
+    for (int i = 0; i < 64; ++i) {
+      largest[row_of(i)] = fmaxf(largest[row_of(i)], fmaxf(fabsf(o[0][i]), fabsf(o[1][i])));
     }
-    if (first_column_ == 0 && threadIdx.x % 4 == 0) {
-      slot.pairs[threadIdx.x / 4] = make_float4(row_max[0] * params_.softmax_scale_log2, row_sum[0],
-                                                row_max[1] * params_.softmax_scale_log2, row_sum[1]);
+    const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
+    const float inverse[2] = {scale[0].inverse, scale[1].inverse};
+#pragma unroll
+    for (int i = 0; i < Traits::kOctetsPerThread; ++i) {
+      const float* const v = &o[i / 8][i % 8 * 8];
+      slot.write_octet(i, {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]}, inverse);
+    }
+    if (threadIdx.x % 4 == 0) {
+      slot.write_rows(threadIdx.x % 32 / 4,
+                      {row_max[0] * params_.softmax_scale_log2, row_max[1] * params_.softmax_scale_log2},
+                      {row_sum[0], row_sum[1]}, {scale[0].scale, scale[1].scale});
     }
   }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "flash_mla/dense_decode.h"
 #include "scheduler/split_plan.h"
 #include "sm90/dense_decode/query_tiling.h"
 
@@ -13,9 +14,17 @@ namespace flash_mla::sm90 {
 /// Flags of a part for each tile of query rows and each KV head: see combine.cuh.
 constexpr int kFlagsPerPart = 3;
 
-/// What a row of a piece comes with: x, the maximum of its scores times softmax_scale_log2, and y, the sum of
-/// exp2(score - x). 0 where it saw no key.
-using RowSum = float2;
+/// Rows that a consumer warp has values of, in a tile of `rows` rows.
+constexpr int rows_of_warp(int rows) { return rows == kBlockM ? 16 : rows; }
+
+/// What a piece of a split request leaves for a tile: for each consumer warp its values of O, in float16, and three
+/// floats for each of its rows. slot.cuh draws it.
+constexpr int kWarpsOfPiece = 8;
+constexpr int kFloatsPerRow = 3;
+constexpr int slot_bytes(int rows) {
+  return rows * kHeadDimV * static_cast<int>(sizeof(std::uint16_t)) +
+         kWarpsOfPiece * rows_of_warp(rows) * kFloatsPerRow * static_cast<int>(sizeof(float));
+}
 
 /// What the kernel takes, by value. Strides in elements.
 struct DenseDecodeParams {
@@ -53,8 +62,7 @@ struct DenseDecodeParams {
 
   // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
   // for one that begins it.
-  float* out_accum;      // (2 * num_parts, num_heads_k, num_tiles, tiling.rows * 512): not normalised, as quads lie
-  float4* sum_accum;     // (2 * num_parts, num_heads_k, num_tiles, tiling.rows / 2): RowSums of pairs of rows
+  unsigned char* slots;  // (2 * num_parts, num_heads_k, num_tiles, slot_bytes(tiling.rows))
   std::uint64_t* flags;  // (num_heads_k, num_tiles, kFlagsPerPart * num_parts); contents arbitrary at the start
   std::uint64_t token;   // unique to this launch, never 0
 };

@@ -27,6 +27,7 @@ struct Piece {
   int begin_block;
   int end_block;  // excluded; begin_block where the piece has no tokens
   bool is_whole;  // the request's only piece: its result is final
+  bool is_last;   // of the part
   int slot;       // where the result goes otherwise
 };
 
@@ -38,7 +39,8 @@ class PieceWalk {
       : params_(params), part_(part), part_idx_(part_idx), request_(max(part.begin_request, 0)) {}
 
   __device__ bool next(Piece& piece) {
-    if (request_ > min(part_.end_request, params_.batch_size - 1)) return false;
+    const int last = min(part_.end_request, params_.batch_size - 1);
+    if (request_ > last) return false;
     const int begin = request_ == part_.begin_request ? max(part_.begin_block, 0) : 0;
     const int end = request_ == part_.end_request ? part_.end_block : scheduler::kToEnd;
     piece.request = request_;
@@ -46,6 +48,7 @@ class PieceWalk {
     piece.end_block = min(end, static_cast<int>(scheduler::num_blocks(piece.seqlen_k)));
     piece.begin_block = min(begin, piece.end_block);
     piece.is_whole = begin == 0 && end == scheduler::kToEnd;
+    piece.is_last = request_ == last;
     piece.slot = 2 * part_idx_ + (begin == 0 ? 1 : 0);
     ++request_;
     return true;

@@ -34,10 +34,11 @@ struct TileTraits {
   static constexpr int kSplitsWarp = kNumThreads / 32 - 1;
 };
 
-/// Four values of O that a thread holds side by side, float4 in the workspace: two rows by two columns.
-struct Quad {
+/// Eight values of O that a thread holds, 16 bytes of float16 in the workspace: two rows by four columns.
+struct Octet {
   int row;     // the first
   int column;  // the first
+  int pair;    // which pair of the warp's rows it is
 };
 
 /// Constants of the kernel for tiles of 64 query rows.
@@ -60,20 +61,15 @@ struct DenseDecodeTraits : TileTraits<Element> {
 
   static_assert(kRows == Base::kBlockN, "Q tiles and KV tiles have one layout");
 
-  /// Consumer thread's quads, for merging: register 4 * quad of O on. Value i is row step * (i / 2), column i % 2.
-  static constexpr int kQuadsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 4;
-  static constexpr int kNumUnits = Base::kConsumerWarps * kQuadsPerThread;
-  static constexpr int kQuadRowStep = 8;
-  static constexpr int kQuadColumnStep = 1;
-  __device__ static constexpr int quad_row(int i) { return i / 2; }
-  __device__ static Quad quad(int warp, int lane, int quad) {
+  /// A consumer thread's octets, for merging: registers 8 * octet of O on.
+  static constexpr int kOctetsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 8;
+  static constexpr int kOctetRowStep = 8;
+  __device__ static constexpr int octet_row(int i) { return i / 2 % 2; }                // of the two rows, of value i
+  __device__ static constexpr int octet_column(int i) { return i / 4 * 8 + i % 2; }  // from the first one on
+  __device__ static Octet octet(int warp, int lane, int octet) {
     return {warp % Base::kWarpgroupWarps * 16 + lane / 4,
-            warp / Base::kWarpgroupWarps * kColumnsPerConsumer + 8 * quad + lane % 4 * 2};
+            warp / Base::kWarpgroupWarps * kColumnsPerConsumer + 16 * octet + lane % 4 * 2, lane / 4};
   }
-  /// Pairs of rows, tile's row pair p being the p-th that quads lie in: those of a unit, a quad of each lane of a warp.
-  static constexpr int kPairsPerUnit = 8;
-  __device__ static int first_pair(int warp, int) { return warp % Base::kWarpgroupWarps * kPairsPerUnit; }
-  __device__ static int pair_of_lane(int lane) { return lane / 4; }
 };
 
 /// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P

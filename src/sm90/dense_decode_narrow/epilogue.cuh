@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_load.cuh"
+#include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -42,7 +43,15 @@ class NarrowEpilogue {
     } else {
       write_partial(consumer);
     }
-    if (has_blocks) give_back_query(consumer);
+  }
+
+  /// Before another piece: what consumers exchanged is read, and the memory of Q is Q's again.
+  __device__ __forceinline__ void give_back_query(Consumer& consumer) const {
+    consumer.meet_other();
+    if (piece_.begin_block == piece_.end_block) return;
+    clear_query_padding<Traits>(params_, ptx::shared_address(shared_.q), threadIdx.x, Traits::kConsumerThreads);
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
   }
 
  private:
@@ -77,12 +86,28 @@ class NarrowEpilogue {
 
   __device__ __forceinline__ void write_partial(const Consumer& consumer) const {
     const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
-    float4* const quads = slot.own_quads();
-    constexpr int kQuadsPerChunk = Traits::kAccumulators / 4;
 #pragma unroll
-    for (int i = 0; i < Traits::kQuadsPerThread; ++i) {
-      const float* const v = &consumer.o[i / kQuadsPerChunk][i % kQuadsPerChunk * 4];
-      quads[i * 32] = make_float4(v[0], v[1], v[2], v[3]);
+    for (int pair = 0; pair < Traits::kRowsPerThread / 2; ++pair) {
+      float largest[2] = {0.0F, 0.0F};
+#pragma unroll
+      for (int chunk = 0; chunk < Traits::kOwnChunks; ++chunk) {
+        const float* const v = &consumer.o[chunk][4 * pair];
+        largest[0] = fmaxf(largest[0], fmaxf(fabsf(v[0]), fabsf(v[2])));
+        largest[1] = fmaxf(largest[1], fmaxf(fabsf(v[1]), fabsf(v[3])));
+      }
+      const RowScale scale[2] = {RowScale(column_reduce_max(largest[0])), RowScale(column_reduce_max(largest[1]))};
+      const float inverse[2] = {scale[0].inverse, scale[1].inverse};
+#pragma unroll
+      for (int chunk = 0; chunk < Traits::kOwnChunks; chunk += 2) {
+        const float* const v = &consumer.o[chunk][4 * pair];
+        const float* const w = &consumer.o[chunk + 1][4 * pair];
+        slot.write_octet(2 * pair + chunk / 2, {v[0], v[1], v[2], v[3], w[0], w[1], w[2], w[3]}, inverse);
+      }
+      if (threadIdx.x % 32 < 4) {
+        const int row = Consumer::row_at(2 * pair);
+        slot.write_rows(row / 2, {shared_.total_max[row], shared_.total_max[row + 1]},
+                        {shared_.total_sum[row], shared_.total_sum[row + 1]}, {scale[0].scale, scale[1].scale});
+      }
     }
   }
 
@@ -104,8 +129,8 @@ class NarrowEpilogue {
       consumer.meet_other();
     }
     if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x, has_blocks);
+    if (has_blocks || !piece_.is_whole) consumer.meet_other();
     if (!has_blocks) return;
-    consumer.meet_other();
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) scale[k] = shared_.scale[warpgroup_][Consumer::row_at(k)];
   }
@@ -134,8 +159,8 @@ class NarrowEpilogue {
         FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
       }
     } else {
-      const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
-      reinterpret_cast<RowSum*>(slot.pairs)[row] = make_float2(max * params_.softmax_scale_log2, sum);
+      shared_.total_max[row] = max * params_.softmax_scale_log2;
+      shared_.total_sum[row] = sum;
     }
   }
 
@@ -191,14 +216,6 @@ class NarrowEpilogue {
     if (first + kStagedChunks < Traits::kOwnChunks) {
       consumer.meet_other();  // read, before it is written again
     }
-  }
-
-  /// The memory of Q is Q's again.
-  __device__ __forceinline__ void give_back_query(Consumer& consumer) const {
-    consumer.meet_other();
-    clear_query_padding<Traits>(params_, ptx::shared_address(shared_.q), threadIdx.x, Traits::kConsumerThreads);
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
   }
 
   const DenseDecodeParams& params_;

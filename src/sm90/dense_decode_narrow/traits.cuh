@@ -27,23 +27,17 @@ struct NarrowTraits : TileTraits<Element> {
   /// Chunks of O that a consumer writes, after merging its own with those of the other.
   static constexpr int kOwnChunks = Base::kNumVChunks / Base::kNumConsumers;
 
-  /// Consumer thread's quads, for merging: register 4 * quad of its own chunks on. Value i is row i % 2, column step *
-  /// (i / 2).
-  static constexpr int kQuadsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 4;
-  static constexpr int kNumUnits = Base::kConsumerWarps * kQuadsPerThread;
-  static constexpr int kQuadRowStep = 1;
-  static constexpr int kQuadColumnStep = 8;
-  __device__ static constexpr int quad_row(int i) { return i % 2; }
-  __device__ static Quad quad(int warp, int lane, int quad) {
-    constexpr int kQuadsPerChunk = kAccumulators / 4;
-    const int chunk = warp / Base::kWarpgroupWarps * kOwnChunks + quad / kQuadsPerChunk;
-    return {quad % kQuadsPerChunk * 8 + lane % 4 * 2,
-            chunk * Base::kChunkColumns + warp % Base::kWarpgroupWarps * 16 + lane / 4};
+  /// A consumer thread's octets, for merging: registers 4 * (octet / 2) on of chunks 2 * (octet % 2) and the next of its
+  /// own ones.
+  static constexpr int kOctetsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 8;
+  static constexpr int kOctetRowStep = 1;
+  __device__ static constexpr int octet_row(int i) { return i % 2; }  // of the two rows, of value i
+  __device__ static constexpr int octet_column(int i) { return i / 4 * Base::kChunkColumns + i / 2 % 2 * 8; }
+  __device__ static Octet octet(int warp, int lane, int octet) {
+    const int chunk = warp / Base::kWarpgroupWarps * kOwnChunks + octet % 2 * 2;
+    const int pair = octet / 2 * 4 + lane % 4;
+    return {2 * pair, chunk * Base::kChunkColumns + warp % Base::kWarpgroupWarps * 16 + lane / 4, pair};
   }
-  /// Pairs of rows, tile's row pair p being the p-th that quads lie in: those of a unit, a quad of each lane of a warp.
-  static constexpr int kPairsPerUnit = 4;
-  __device__ static int first_pair(int, int quad) { return quad % (kAccumulators / 4) * kPairsPerUnit; }
-  __device__ static int pair_of_lane(int lane) { return lane % 4; }
 
   static_assert(kRows == 16 || kRows == 32, "as there are wgmma wrappers");
   static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
@@ -62,6 +56,8 @@ struct alignas(1024) NarrowStorage {
   float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float row_max[Traits::kNumConsumers][Traits::kRows];
   float scale[Traits::kNumConsumers][Traits::kRows];
+  float total_max[Traits::kRows];
+  float total_sum[Traits::kRows];
   PartPlan plan;
   MergeBarriers merge_barriers;
   std::uint64_t q_full;
