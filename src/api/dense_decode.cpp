@@ -21,8 +21,8 @@ namespace flash_mla {
 namespace {
 
 constexpr std::size_t kWorkspaceAlignment = 16;
-constexpr int kChunkColumns = 64;        // 128 bytes: the swizzle's row
-constexpr int kMaxBatchOverlapped = 16;  // where more than one tile reads the same KV
+constexpr int kChunkColumns = 64;  // 128 bytes: the swizzle's row
+constexpr int kMaxSmallBatch = 16;
 constexpr float kLog2E = 1.44269504088896340736F;
 
 /// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
@@ -162,7 +162,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
-  params.launches_dependents = params.tiling.num_tiles == 1 || params.batch_size <= kMaxBatchOverlapped;
+  params.shares_kv = params.tiling.num_tiles > 1 && params.batch_size > kMaxSmallBatch;
   params.num_parts = work.num_parts;
   params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;

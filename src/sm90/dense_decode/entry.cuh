@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   Kernel::init_shared(params, shared);
   __syncthreads();
   ptx::wait_for_previous_grids();
-  if (params.launches_dependents) ptx::launch_dependents();
+  if (!params.shares_kv) ptx::launch_dependents();
   if (threadIdx.x / 32 == Traits::kConsumerWarps) {
     plan_part(params, CtaRole(params).part_idx, shared.plan);
   } else {

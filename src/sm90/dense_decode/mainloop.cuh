@@ -53,7 +53,8 @@ class Consumer {
     int own = warpgroup_;
     if (warpgroup_ == 0) {  // nothing precedes the first block
       ptx::wgmma_fence();
-      issue_qk<false>();
+      begin_qk<false>();
+      end_qk();
       ptx::wgmma_wait<0>();
       release(0, Traits::kRopePair);
       soften(own);
@@ -65,14 +66,23 @@ class Consumer {
     for (; own < num_blocks; own += Traits::kNumConsumers) {
       take_state();
       ptx::wgmma_fence();
-      issue_qk<true>();
+      begin_qk<true>();
+      if constexpr (Traits::kInterleaves) {
+        ptx::wgmma_commit();
+        ptx::wgmma_fence();
+        issue_pv(p_other_, 1 - warpgroup_, 0);
+        ptx::wgmma_fence();
+      }
+      end_qk();
       ptx::wgmma_fence();
-      issue_pv(p_other_, 1 - warpgroup_);
-      ptx::wgmma_wait<2>();
+      if constexpr (!Traits::kInterleaves) issue_pv(p_other_, 1 - warpgroup_, 0);
+      issue_pv(p_other_, 1 - warpgroup_, 1);
+      ptx::wgmma_wait<Traits::kInterleaves ? 1 : 2>();
       release(warpgroup_, Traits::kRopePair);
+      if constexpr (Traits::kInterleaves) release(1 - warpgroup_, 2 * warpgroup_);
       soften(own);
       hand_over();
-      finish_pv(1 - warpgroup_);
+      finish_pv<Traits::kInterleaves>(1 - warpgroup_);
       add_own();
     }
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
@@ -82,7 +92,8 @@ class Consumer {
       take_p();
       give_sums();
       ptx::wgmma_fence();
-      issue_pv(p_other_, 1 - warpgroup_);
+      issue_pv(p_other_, 1 - warpgroup_, 0);
+      issue_pv(p_other_, 1 - warpgroup_, 1);
       finish_pv(1 - warpgroup_);
     }
     total_sums(owns_last);
@@ -99,18 +110,19 @@ class Consumer {
   /// S = Q K^T of the own buffer's block, RoPE first, then in the order in which the producer fills it: the V columns
   /// of this warpgroup, then those of the other.
   template <bool kTakesP>
-  __device__ __forceinline__ void issue_qk() {
-    constexpr int kHalfChunks = Traits::kNumVChunks / 2;
-    const std::uint32_t k = kv_ + warpgroup_ * Traits::kTileBytes;
-    issue_qk_chunks<1>(k, Traits::kRopeChunk, false);
+  __device__ __forceinline__ void begin_qk() {
+    issue_qk_chunks<1>(Traits::kRopeChunk, false);
     if constexpr (kTakesP) take_p();  // while the tensor cores have begun
-    issue_qk_chunks<kHalfChunks>(k, warpgroup_ * kHalfChunks, true);
-    issue_qk_chunks<kHalfChunks>(k, (1 - warpgroup_) * kHalfChunks, true);
+    issue_qk_chunks<kHalfChunks>(warpgroup_ * kHalfChunks, true);
+  }
+  __device__ __forceinline__ void end_qk() {
+    issue_qk_chunks<kHalfChunks>((1 - warpgroup_) * kHalfChunks, true);
     ptx::wgmma_commit();
     kv_phase_ ^= 1;
   }
   template <int kChunks>
-  __device__ __forceinline__ void issue_qk_chunks(std::uint32_t k_tile, int first_chunk, bool accumulate) {
+  __device__ __forceinline__ void issue_qk_chunks(int first_chunk, bool accumulate) {
+    const std::uint32_t k_tile = kv_ + warpgroup_ * Traits::kTileBytes;
     std::uint32_t full = kv_full_ + first_chunk * sizeof(std::uint64_t);
     ptx::launder(full);
     const ptx::SwizzledOperand<16> q(q_ + first_chunk * Traits::kChunkBytes);
@@ -126,25 +138,25 @@ class Consumer {
     }
   }
 
-  /// Adds P V to O for the block in `buffer`, in two groups of 128 columns.
-  __device__ __forceinline__ void issue_pv(const std::uint32_t (&p)[16], int buffer) {
+  /// Adds P V to a half of O, 128 columns, for the block in `buffer`.
+  __device__ __forceinline__ void issue_pv(const std::uint32_t (&p)[16], int buffer, int half) {
     const ptx::SwizzledOperand<Traits::kChunkBytes> v(kv_ + buffer * Traits::kTileBytes +
-                                                      warpgroup_ * Traits::kNumVChunks / 2 * Traits::kChunkBytes);
+                                                      warpgroup_ * kHalfChunks * Traits::kChunkBytes);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-        ptx::wgmma_m64n128k16_ra_tb<Element>(o[half], &p[4 * step],
-                                             v.at(half * 2 * Traits::kChunkBytes + step * 16 * Traits::kRowBytes));
-      }
-      ptx::wgmma_commit();
+    for (int step = 0; step < Traits::kBlockN / 16; ++step) {
+      ptx::wgmma_m64n128k16_ra_tb<Element>(o[half], &p[4 * step],
+                                           v.at(half * 2 * Traits::kChunkBytes + step * 16 * Traits::kRowBytes));
     }
+    ptx::wgmma_commit();
   }
 
   /// Waits for the PV on `buffer` and gives its chunks back, each half as soon as it is done.
+  template <bool kFirstIsDone = false>
   __device__ __forceinline__ void finish_pv(int buffer) {
-    ptx::wgmma_wait<1>();
-    release(buffer, 2 * warpgroup_);
+    if constexpr (!kFirstIsDone) {
+      ptx::wgmma_wait<1>();
+      release(buffer, 2 * warpgroup_);
+    }
     ptx::wgmma_wait<0>();
     release(buffer, 2 * warpgroup_ + 1);
   }
@@ -152,7 +164,8 @@ class Consumer {
   __device__ __forceinline__ void add_own() {
     rescale_o(rescale_[0], rescale_[1]);
     ptx::wgmma_fence();
-    issue_pv(p_, warpgroup_);
+    issue_pv(p_, warpgroup_, 0);
+    issue_pv(p_, warpgroup_, 1);
     finish_pv(warpgroup_);
   }
 
@@ -268,6 +281,7 @@ class Consumer {
     if (lane() == 0) ptx::mbarrier_arrive(kv_empty_ + (buffer * Traits::kNumPairs + pair) * sizeof(std::uint64_t));
   }
 
+  static constexpr int kHalfChunks = Traits::kNumVChunks / 2;
   static constexpr int kExchangeStep = Traits::kWarpgroupThreads * sizeof(uint4);
 
   const float softmax_scale_log2_;

@@ -44,9 +44,9 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
-  /// Whether the next grid may start while this one ends, if launched to overlap. It is then placed on SMs as they come
-  /// free, which scatters the CTAs that read the same KV: that cost 3 % at 128 heads and large batches.
-  bool launches_dependents;
+  /// Whether several tiles of a large batch read the same KV. The next grid then does not start while this one ends: it
+  /// would be placed on SMs as they come free, which scatters the CTAs of one KV and cost 3 %.
+  bool shares_kv;
 
   const scheduler::Part* parts;  // (num_parts,), or null: scheduler::WarpPlan
   int num_parts;

@@ -42,7 +42,8 @@ struct SlotTile {
   }
 
   /// Writes an octet of this consumer thread, divided by its two rows' scales.
-  __device__ __forceinline__ void write_octet(int octet, const float (&value)[8], const float (&inverse_scale)[2]) const {
+  __device__ __forceinline__ void write_octet(int octet, const float (&value)[8],
+                                              const float (&inverse_scale)[2]) const {
     float scaled[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) scaled[i] = value[i] * inverse_scale[Traits::octet_row(i)];

@@ -41,10 +41,12 @@ struct Octet {
   int pair;    // which pair of the warp's rows it is
 };
 
-/// Constants of the kernel for tiles of 64 query rows.
-template <class Element>
+/// Constants of the kernel for tiles of 64 query rows. Interleaved, half of the PV on the other's block comes between
+/// two parts of QK: its memory is free earlier, and the softmax has less of PV to hide behind.
+template <class Element, bool kInterleaves_>
 struct DenseDecodeTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;
+  static constexpr bool kInterleaves = kInterleaves_;
 
   static constexpr int kRows = kBlockM;
   static constexpr int kConsumerRegisters = 232;
@@ -64,7 +66,7 @@ struct DenseDecodeTraits : TileTraits<Element> {
   /// A consumer thread's octets, for merging: registers 8 * octet of O on.
   static constexpr int kOctetsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 8;
   static constexpr int kOctetRowStep = 8;
-  __device__ static constexpr int octet_row(int i) { return i / 2 % 2; }                // of the two rows, of value i
+  __device__ static constexpr int octet_row(int i) { return i / 2 % 2; }             // of the two rows, of value i
   __device__ static constexpr int octet_column(int i) { return i / 4 * 8 + i % 2; }  // from the first one on
   __device__ static Octet octet(int warp, int lane, int octet) {
     return {warp % Base::kWarpgroupWarps * 16 + lane / 4,

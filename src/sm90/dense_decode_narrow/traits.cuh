@@ -27,8 +27,8 @@ struct NarrowTraits : TileTraits<Element> {
   /// Chunks of O that a consumer writes, after merging its own with those of the other.
   static constexpr int kOwnChunks = Base::kNumVChunks / Base::kNumConsumers;
 
-  /// A consumer thread's octets, for merging: registers 4 * (octet / 2) on of chunks 2 * (octet % 2) and the next of its
-  /// own ones.
+  /// A consumer thread's octets, for merging: registers 4 * (octet / 2) on of chunks 2 * (octet % 2) and the next of
+  /// its own ones.
   static constexpr int kOctetsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 8;
   static constexpr int kOctetRowStep = 1;
   __device__ static constexpr int octet_row(int i) { return i % 2; }  // of the two rows, of value i
