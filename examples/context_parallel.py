@@ -14,13 +14,15 @@ Checks the result against one device over the whole cache; exit code 1 if it is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ from flash_mla.reference import LSE_ABSOLUTE, LSE_RELATIVE, OUT_ABSOLUTE, OUT_CO
 
 HEAD_DIM, HEAD_DIM_V = 576, 512
 NUM_TIMES = 5  # timings of which the median counts
+COLD_BYTES, MAX_LAYERS = 512e6, 64  # what timed calls work through in turn, so that L2 is cold
+
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since PyTorch 2.13
 
 
 @dataclass
@@ -49,6 +54,14 @@ class Problem:
         return flash_mla_with_kvcache(
             self.q, self.k_cache, self.block_table, self.cache_seqlens, HEAD_DIM_V, causal=self.causal
         )
+
+    def layers(self, num_ranks: int) -> list[Problem]:
+        """This one, and as many with caches elsewhere in a GPU's memory as keep a rank's part of them out of L2."""
+        if not self.k_cache.is_cuda:
+            return [self]
+        part = self.k_cache.numel() * self.k_cache.element_size() / num_ranks
+        copies = min(math.ceil(COLD_BYTES / max(part, 1)), MAX_LAYERS) - 1
+        return [self, *(replace(self, k_cache=self.k_cache.clone()) for _ in range(copies))]
 
 
 def make_problem(options: argparse.Namespace, device: torch.device) -> Problem:
@@ -144,8 +157,11 @@ class Gather:
         self.received = States(num_ranks, *q.shape[:3], like=q)
         self.bytes_received = (num_ranks - 1) * self.mine.bytes.numel()
 
+    def collective(self) -> None:
+        all_gather(self.received.bytes, self.mine.bytes)
+
     def exchange(self) -> None:
-        dist.all_gather_into_tensor(self.received.bytes, self.mine.bytes)
+        self.collective()
 
 
 class Heads:
@@ -161,32 +177,46 @@ class Heads:
         )
         self.bytes_received = (num_ranks - 1) * self._sent.bytes[0].numel()
 
+    def collective(self) -> None:
+        dist.all_to_all_single(self.received.bytes, self._sent.bytes)
+
     def exchange(self) -> None:
         for mine, sent in ((self.mine.outs[0], self._sent.outs), (self.mine.lses[0], self._sent.lses)):
             sent.copy_(mine.unflatten(2, (sent.shape[0], sent.shape[3])).movedim(2, 0))
-        dist.all_to_all_single(self.received.bytes, self._sent.bytes)
+        self.collective()
 
 
 class Clock:
-    """Times calls on a device, as CUDA graphs if asked to; the slowest rank counts."""
+    """Times calls on a device, all of them in one CUDA graph if asked to; the slowest rank counts."""
 
     def __init__(self, device: torch.device, steps: int, graph: bool) -> None:
         self._device, self._steps, self._graph = device, steps, graph
+        self.spans: list[tuple[float, float]] = []  # when each timing began and ended, of time.monotonic
 
-    def microseconds(self, call: Callable[[], object]) -> float:
-        repeat = self.capture(call) if self._graph else call
-        times = []
-        for _ in range(NUM_TIMES):
-            self._synchronize()
-            begin = time.perf_counter()
-            for _ in range(self._steps):
+    def microseconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Of one of the calls, which are made in turn."""
+
+        def in_turn() -> None:
+            for call in calls:
+                call()
+
+        repeat = self.capture(in_turn) if self._graph else in_turn
+        rounds = math.ceil(self._steps / len(calls))
+        times = torch.empty(NUM_TIMES, dtype=torch.float64)
+        for i in range(NUM_TIMES):
+            self._wait()
+            if dist.is_initialized():
+                dist.barrier()
+            begin = time.monotonic()
+            for _ in range(rounds):
                 repeat()
-            self._synchronize()
-            times.append((time.perf_counter() - begin) / self._steps * 1e6)
-        slowest = torch.tensor(statistics.median(times), device=self._device)
+            self._wait()
+            self.spans.append((begin, time.monotonic()))
+            times[i] = (self.spans[-1][1] - begin) / (rounds * len(calls)) * 1e6
         if dist.is_initialized():
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return slowest.item()
+            times = times.to(self._device)
+            dist.all_reduce(times, dist.ReduceOp.MAX)
+        return statistics.median(times.tolist())
 
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
         """A CUDA graph of a call. Its results lie where they lay when it was captured."""
@@ -202,42 +232,39 @@ class Clock:
             call()
         return graph.replay
 
-    def _synchronize(self) -> None:
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if dist.is_initialized():
-            dist.barrier()
 
 
 def run_ranks(options: argparse.Namespace, problem: Problem, clock: Clock) -> dict[str, Any]:
     """This process is one of the ranks."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    shard = Shard(problem, rank, num_ranks)
     way = {"gather": Gather, "heads": Heads}[options.exchange](problem.q, num_ranks)
+    layers = problem.layers(num_ranks)
+    shards = [Shard(layer, rank, num_ranks) for layer in layers]
 
-    def decode() -> None:
+    def decode(shard: Shard) -> None:
         shard.decode(problem.q, way.mine.outs[0], way.mine.lses[0])
 
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
-        decode()
+    def without_exchange(shard: Shard) -> None:
+        decode(shard)
+        way.received.merge()
+
+    def step(shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+        decode(shard)
         way.exchange()
         return way.received.merge()
 
-    expected_out, expected_lse = problem.decode()
-    heads = slice(rank * options.heads // num_ranks, (rank + 1) * options.heads // num_ranks)
+    expected = problem.decode()
     if options.exchange == "heads":
-        expected_out, expected_lse = expected_out[:, :, heads], expected_lse[:, heads]
-    report = compare(*run_step(step, clock, options.graph), expected_out, expected_lse)
-    times = {
-        name: clock.microseconds(call)
-        for name, call in (
-            ("one_device", problem.decode),
-            ("step", step),
-            ("decode", decode),
-            ("exchange", way.exchange),
-            ("merge", way.received.merge),
-        )
-    }
+        expected = expected[0].chunk(num_ranks, 2)[rank], expected[1].chunk(num_ranks, 1)[rank]
+    report = compare(*run_step(partial(step, shards[0]), clock, options.graph, [way.mine, way.received]), *expected)
+    times = {"one_device": clock.microseconds([layer.decode for layer in layers])}
+    for call in (step, without_exchange, decode):
+        times[call.__name__] = clock.microseconds([partial(call, shard) for shard in shards])
+    for call in (way.exchange, way.collective, way.received.merge):
+        times[call.__name__] = clock.microseconds([call] * len(shards))
     return {
         **report,
         "ranks": num_ranks,
@@ -252,21 +279,27 @@ def run_ranks(options: argparse.Namespace, problem: Problem, clock: Clock) -> di
 def run_in_turn(options: argparse.Namespace, problem: Problem, clock: Clock) -> dict[str, Any]:
     """All ranks' shards, one after the other, on this device; nothing is exchanged."""
     num_ranks = options.in_turn
-    shards = [Shard(problem, rank, num_ranks) for rank in range(num_ranks)]
+    layers = problem.layers(num_ranks)
+    shards = [[Shard(layer, rank, num_ranks) for rank in range(num_ranks)] for layer in layers]
     states = States(num_ranks, *problem.q.shape[:3], like=problem.q)
 
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
-        for shard, out, lse in zip(shards, states.outs, states.lses, strict=True):
+    def step(layer: Sequence[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
+        for shard, out, lse in zip(layer, states.outs, states.lses, strict=True):
             shard.decode(problem.q, out, lse)
         return states.merge()
 
-    report = compare(*run_step(step, clock, options.graph), *problem.decode())
-    times = {"one_device": clock.microseconds(problem.decode), "step": clock.microseconds(step)}
-    times["decode"] = max(
-        clock.microseconds(lambda shard=shard: shard.decode(problem.q, states.outs[0], states.lses[0]))
-        for shard in shards
-    )
-    times["merge"] = clock.microseconds(states.merge)
+    def decode(shard: Shard) -> None:
+        shard.decode(problem.q, states.outs[0], states.lses[0])
+
+    report = compare(*run_step(partial(step, shards[0]), clock, options.graph, [states]), *problem.decode())
+    times = {
+        "one_device": clock.microseconds([layer.decode for layer in layers]),
+        "step": clock.microseconds([partial(step, layer) for layer in shards]),
+        "decode": max(
+            clock.microseconds([partial(decode, shard) for shard in part]) for part in zip(*shards, strict=True)
+        ),
+        "merge": clock.microseconds([states.merge]),
+    }
     return {
         **report,
         "ranks": num_ranks,
@@ -277,17 +310,22 @@ def run_in_turn(options: argparse.Namespace, problem: Problem, clock: Clock) -> 
 
 
 def run_step(
-    step: Callable[[], tuple[torch.Tensor, torch.Tensor]], clock: Clock, graph: bool
+    step: Callable[[], tuple[torch.Tensor, torch.Tensor]], clock: Clock, graph: bool, states: Sequence[States]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The results of a step, as a graph if asked to."""
-    if not graph:
-        return step()
+    """The results of a step, as a graph if asked to, from states and results that hold NaN before."""
     results: list[torch.Tensor] = []
-    replay = clock.capture(lambda: results.__setitem__(slice(None), step()))
+
+    def call() -> None:
+        results[:] = step()
+
+    replay = clock.capture(call) if graph else call
+    for state in states:
+        state.bytes.fill_(255)  # NaN
     for result in results:
         result.fill_(float("nan"))
     replay()
-    torch.cuda.synchronize()  # before the graph goes
+    if graph:
+        torch.cuda.synchronize()  # before the graph goes
     return results[0], results[1]
 
 
@@ -314,6 +352,36 @@ def compare(
     names = ("error_out", "error_lse", "cosine_difference", "failed")
     report = dict(zip(names, worst.tolist(), strict=True))
     return {"passed": report.pop("failed") == 0, **report}
+
+
+def own_device(graph: bool) -> torch.device:
+    """A Hopper GPU for each of this host's ranks; the CPU where there is none. Raises SystemExit for too few."""
+    num_ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) == (9, 0)]
+    if not gpus:
+        if graph:
+            raise SystemExit("--graph: needs a Hopper GPU")
+        return torch.device("cpu")
+    if num_ranks > len(gpus):
+        raise SystemExit(
+            f"--nproc-per-node: expected a Hopper GPU for each rank, of which there are {len(gpus)}, got {num_ranks}; "
+            "with CUDA_VISIBLE_DEVICES= all run on the CPU"
+        )
+    device = torch.device("cuda", gpus[rank])
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Makes this process one of torchrun's ranks."""
+    if "RANK" not in os.environ:
+        raise SystemExit("expected to be started by torchrun (or, the example, with --in-turn N)")
+    on_gpus = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
+    yield
+    # Not after an error: others may wait in a collective, which would wait for them. torchrun ends them.
+    dist.destroy_process_group()
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -347,38 +415,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    """What of the options says what a step is."""
+    return {key: value for key, value in vars(options).items() if key not in ("json", "in_turn", "exchange")}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    local_ranks = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    has_gpu = torch.cuda.device_count() >= len(local_ranks) and all(
-        torch.cuda.get_device_capability(index) == (9, 0) for index in local_ranks
-    )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    elif options.graph:
-        raise SystemExit("--graph: needs a Hopper GPU")
-    if options.in_turn is None:
-        if "RANK" not in os.environ:
-            raise SystemExit("expected to be started by torchrun, or with --in-turn N")
-        dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
-    try:
+    device = own_device(options.graph)
+    with process_group(device) if options.in_turn is None else contextlib.nullcontext():
         clock = Clock(device, options.steps, options.graph)
         run = run_ranks if options.in_turn is None else run_in_turn
         result = run(options, make_problem(options, device), clock)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    shape = {key: value for key, value in vars(options).items() if key not in ("json", "in_turn", "exchange")}
-    name = torch.cuda.get_device_name(device) if has_gpu else "CPU"
     report = {
-        "kind": "context_parallel",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": flash_mla.__version__,
         "torch": torch.__version__,
-        "device": name,
-        **shape,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        **shape(options),
         **result,
     }
     if is_first:

@@ -39,8 +39,13 @@ def write(result: dict[str, Any], path: Path | None, suffix: str = "", folder: P
 
 def newest(kind: str, folder: Path) -> dict[str, Any] | None:
     """The latest result of a kind ("decode", "host_overhead", "sweep") in a folder, if there is one."""
+    return next(reversed(of_kind(kind, folder)), None)
+
+
+def of_kind(kind: str, folder: Path) -> list[dict[str, Any]]:
+    """All results of a kind in a folder, the latest last."""
     results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return max((r for r in results if r["kind"] == kind), key=lambda r: str(r["date"]), default=None)
+    return sorted((r for r in results if r["kind"] == kind), key=lambda r: str(r["date"]))
 
 
 def number(value: float | None, digits: int) -> str:
@@ -126,6 +131,31 @@ def show_sweep(result: dict[str, Any]) -> None:
         highlight=False,
     )
     _show_failures(out, result)
+
+
+def show_context_parallel(result: dict[str, Any]) -> None:
+    """Print a result of kind "context_parallel": what the parts of each case take, and whether its result is right."""
+    out = console()
+    gpu, empty = result["machine"], result["empty_exchange_us"]
+    out.print(
+        f"{result['ranks']} ranks on {gpu['gpu']}, driver {gpu['driver']}, {gpu['backend']} {gpu['nccl'] or ''}, "
+        f"{result['date']}, commit {result['commit']}; exchanging nothing takes {empty['gather']:.1f} us (gather), "
+        f"{empty['heads']:.1f} us (heads)",
+        highlight=False,
+    )
+    names = ("one_device", "step", "decode", "exchange", "collective", "merge", "without_exchange")
+    header = ["us", *(name.replace("_", " ") for name in names), "speedup", "exchange %", "KB", "error"]
+    rows: list[list[str]] = []
+    for case in result["cases"]:
+        times = [number(case["microseconds"][name], 1) for name in names]
+        share, received = 100 * case["exchange_share"], case["bytes_received_per_rank"] / 1e3
+        error = f"{case['error_out']:.0e}" if case["passed"] else "OFF"
+        rows.append([case["name"], *times, number(case["speedup"], 2), number(share, 0), number(received, 0), error])
+    out.print(_table("", header, rows))
+    for case in result["cases"]:
+        if not case["passed"]:
+            off = f"out by {case['error_out']:.1e}, lse by {case['error_lse']:.1e}"
+            out.print(f"OFF {case['name']}: {off}", style="red", highlight=False, markup=False)
 
 
 def _show_failures(out: Console, result: dict[str, Any]) -> None:
