@@ -1,7 +1,7 @@
-"""Writes README's table of measured figures from the newest JSON in benchmarks/results.
+"""Writes the tables of measured figures in README and docs/context_parallel.md from the newest JSONs in results.
 
 python benchmarks/readme_table.py            rewrites what is between the two markers
-python benchmarks/readme_table.py --check    fails where README is not up to date
+python benchmarks/readme_table.py --check    fails where a table is not up to date
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from flash_mla.benchmark import report
 from flash_mla.benchmark.shapes import REFERENCE_SKELETON
 
 README = Path(__file__).parents[1] / "README.md"
+CONTEXT_PARALLEL = Path(__file__).parents[1] / "docs" / "context_parallel.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
@@ -23,25 +24,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README is not up to date")
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--context-parallel", type=Path, default=CONTEXT_PARALLEL)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
     decode = report.newest("decode", options.results)
     if decode is None:
         raise SystemExit(f"no result of bench_decode.py in {options.results}")
-    old = options.readme.read_text()
-    new = replaced(old, table(decode, report.newest("host_overhead", options.results)))
-    if options.check and new != old:
-        raise SystemExit(f"{options.readme} is not up to date: run benchmarks/readme_table.py")
-    if not options.check:
-        options.readme.write_text(new)
+    several = report.of_kind("context_parallel", options.results)
+    update(options.readme, table(decode, report.newest("host_overhead", options.results)), options.check)
+    update(options.context_parallel, context_parallel_tables(several), options.check)
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with `text` between its markers. Raises SystemExit where there is not one pair of them."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise SystemExit(f"README needs one {BEGIN} and one {END} after it")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+def update(page: Path, text: str, check: bool) -> None:
+    """Puts `text` between the page's markers, or raises SystemExit where it is not there already and this is a check."""
+    old = page.read_text()
+    new = replaced(old, text)
+    if check and new != old:
+        raise SystemExit(f"{page} is not up to date: run benchmarks/readme_table.py")
+    if not check:
+        page.write_text(new)
+
+
+def replaced(page: str, text: str) -> str:
+    """The page with `text` between its markers. Raises SystemExit where there is not one pair of them."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise SystemExit(f"the page needs one {BEGIN} and one {END} after it")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
@@ -73,6 +82,36 @@ def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
             f"A call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
             f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
         )
+    return "\n".join(lines)
+
+
+def context_parallel_tables(results: list[dict[str, Any]]) -> str:
+    """A table for the newest result of each number of ranks."""
+    newest = {result["ranks"]: result for result in results}
+    return "\n\n".join(context_parallel_table(newest[ranks]) for ranks in sorted(newest))
+
+
+def context_parallel_table(result: dict[str, Any]) -> str:
+    gpu, empty = result["machine"], result["empty_exchange_us"]
+    lines = [
+        "| case | one GPU, us | step | decode | exchange | merge | faster | exchange of the step | KB a rank |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        names = ("one_device", "step", "decode", "exchange", "merge")
+        times = " | ".join(f"{case['microseconds'][name]:.1f}" for name in names)
+        lines.append(
+            f"| {case['name']} | {times} | {case['speedup']:.2f} | {100 * case['exchange_share']:.0f} % "
+            f"| {case['bytes_received_per_rank'] / 1e3:.0f} |"
+        )
+    worst = max(case["error_out"] for case in result["cases"])
+    lines += [
+        "",
+        f"Measured {result['date'][:10]} on {result['ranks']} {gpu['gpu']} of one host (driver {gpu['driver']}, NCCL "
+        f"{gpu['nccl']}, NVLink multicast {'off' if gpu['NCCL_NVLS_ENABLE'] == '0' else 'as NCCL chooses'}) at commit "
+        f"{result['commit']}, the slowest rank's time. All results agreed with one GPU's: out within {worst:.0e}. "
+        f"Exchanging 16 bytes takes {empty['gather']:.1f} us (gather) and {empty['heads']:.1f} us (heads).",
+    ]
     return "\n".join(lines)
 
 

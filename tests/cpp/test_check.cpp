@@ -329,13 +329,14 @@ struct PlanArguments {
 TEST(MaxWorkspaceSize, AsksForNoDevice) {
   DenseDecodeArguments args = right_call();  // on a device that isn't there
   const std::size_t planned = dense_decode_max_workspace_size(args);
-  EXPECT_GT(planned, std::size_t{2} * 66 * 2 * 128 * 512 * sizeof(float));  // two slots a part
+  EXPECT_GT(planned, std::size_t{2} * 66 * 2 * 128 * 512 * sizeof(std::uint16_t));  // two slots a part
   args.tile_scheduler_metadata = {};
   args.num_splits = {};
   const std::size_t unplanned = dense_decode_max_workspace_size(args);
   // 2 KV heads of 128 rows: 4 CTAs a part. 144 SMs take 36 parts, and their plan lies in the workspace.
-  const std::size_t rows = std::size_t{2} * 36 * 2 * 128;
-  EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + rows * (512 + 2) * sizeof(float));
+  // A tile of 64 rows has values in float16, and three floats for each row of 8 warps with 16 rows each.
+  const std::size_t tile = 64 * 512 * sizeof(std::uint16_t) + std::size_t{8} * 16 * 3 * sizeof(float);
+  EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + std::size_t{2} * 36 * 4 * tile);
 }
 
 TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {

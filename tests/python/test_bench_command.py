@@ -210,9 +210,28 @@ def readme_table() -> Any:
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
 def test_readme_table_reads_every_result(path: Path) -> None:
     result = json.loads(path.read_text())
-    if result["kind"] != "decode":
-        pytest.skip("not a result of decoding")
-    assert readme_table().table(result, None).count("\n| ") == 1 + len(result["cases"]) - 1
+    if result["kind"] not in ("decode", "context_parallel"):
+        pytest.skip("a result without a table")
+    module = readme_table()
+    table = module.table(result, None) if result["kind"] == "decode" else module.context_parallel_tables([result])
+    assert table.count("\n| ") == len(result["cases"])
+
+
+def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
+    readme_table().main()
+
+
+def test_sees_tables_that_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = readme_table()
+    page = tmp_path / "page.md"
+    page.write_text(module.replaced(module.CONTEXT_PARALLEL.read_text(), "| old |"))
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check", "--context-parallel", str(page)])
+    with pytest.raises(SystemExit, match=r"page\.md is not up to date"):
+        module.main()
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--context-parallel", str(page), "--readme", str(page)])
+    module.main()
+    assert page.read_text() == module.CONTEXT_PARALLEL.read_text()
 
 
 def test_readme_table_reads_a_new_result() -> None:
@@ -229,9 +248,10 @@ def test_draws_a_result(make_result: Any, tmp_path: Path, capsys: pytest.Capture
     assert "result.png" in capsys.readouterr().out
 
 
-def test_draws_old_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["decode", "context_parallel"])
+def test_draws_old_results(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    newest = report.newest("decode", RESULTS)
+    newest = report.newest(kind, RESULTS)
     assert newest is not None
     plots.draw(newest, tmp_path / "old.png")
 

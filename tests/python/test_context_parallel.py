@@ -21,6 +21,7 @@ from oracle import assert_close, decode_numpy, decode_torch
 
 torch = pytest.importorskip("torch")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "context_parallel.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_context_parallel.py"
 LENGTHS = (700, 0, 64, 1, 129, 65, 63)  # with 8 ranks, most have nothing of most of them
 RANKS_TIMES = {"one_device", "step", "without_exchange", "decode", "exchange", "collective", "merge"}
 SECONDS = 240  # for processes to start and end on a busy machine
@@ -113,14 +114,16 @@ def test_a_graph_follows_new_lengths(example: Any) -> None:
         assert_close(*results, *decode_torch(case), f"replay {number}: {lengths}")
 
 
-def run(tmp_path: Path, ranks: int | None, *arguments: str, on_cpu: bool = True) -> tuple[int, str, dict[str, Any]]:
-    """(exit code, what was printed, the report) of the example: of `ranks` processes, or of one that isn't a rank."""
+def run(
+    tmp_path: Path, ranks: int | None, *arguments: str, on_cpu: bool = True, script: Path = EXAMPLE
+) -> tuple[int, str, dict[str, Any]]:
+    """(exit code, what was printed, the report) of a script: of `ranks` processes, or of one that isn't a rank."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     report = tmp_path / "report.json"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if on_cpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "FLASH_MLA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *start, str(EXAMPLE), "--json", str(report), *arguments]
+    command = [sys.executable, *start, str(script), "--json", str(report), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     text = done.stdout + done.stderr
     return done.returncode, text, json.loads(report.read_text()) if report.exists() else {}
@@ -207,6 +210,32 @@ def test_sees_what_is_off(example: Any) -> None:
         wrong = out.clone(), lse.clone()
         spoil(*wrong)
         assert not example.compare(*wrong, out, lse)["passed"]
+
+
+def test_benchmark_on_the_cpu(tmp_path: Path) -> None:
+    shapes = (
+        "--tokens 200 0 --heads 4 --exchange gather",
+        "--tokens 64 --heads 4 --queries 2 --causal --exchange heads",
+    )
+    code, text, result = run(tmp_path, 2, "--steps", "1", *(f"--custom={shape}" for shape in shapes), script=BENCHMARK)
+    assert code == 0, text
+    assert (result["kind"], result["ranks"]) == ("context_parallel", 2)
+    assert [case["name"] for case in result["cases"]] == list(shapes)
+    assert [case["exchange"] for case in result["cases"]] == ["gather", "heads"]
+    assert all(case["passed"] for case in result["cases"])
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_benchmark_says_what_is_wrong(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--cases", "b1_128k_heads"], "--graph: needs a Hopper GPU"),
+        (["--custom=--tokens 64"], "started by torchrun"),
+        (["--custom=--in-turn 2"], "--custom: expected neither --in-turn nor --json"),
+    ):
+        code, text, result = run(tmp_path, None, *arguments, script=BENCHMARK)
+        assert code != 0
+        assert message in text
+        assert result == {}
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import HEAD_DIM_QK, LAYOUTS, Spec, make_case, varied_lengths
+from cases import HEAD_DIM_QK, HEAD_DIM_V, LAYOUTS, Spec, make_case, varied_lengths
 from checks import Guarded, check, decode, same_bits
 from flash_mla import get_mla_metadata
 from oracle import assert_close, decode_reference
@@ -134,6 +134,36 @@ def test_cache_above_two_to_the_31_elements(torch: Any, dtype: str) -> None:
 def test_very_long_request(torch: Any, num_heads_q: int) -> None:
     check(make_case(Spec((2**18,), num_heads_q=num_heads_q, rising=20.0), "cuda"))
     check(make_case(Spec((2**18, 0, 1, 100), 2, num_heads_q=num_heads_q, causal=True), "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 32, 128])
+@pytest.mark.parametrize("exponent", [-90, -30, 30, 100])
+def test_splits_of_values_of_any_size(torch: Any, num_heads_q: int, exponent: int) -> None:
+    """Pieces are written in float16, scaled: a power of 2 changes nothing but exponents."""
+    case = make_case(Spec((3000,), num_heads_q=num_heads_q), "cuda")
+    case.q[..., :HEAD_DIM_V] = 0  # scores come from RoPE alone
+    out, lse = decode(case)
+    case.k_cache[..., :HEAD_DIM_V] *= 2.0**exponent
+    scaled_out, scaled_lse = decode(case)
+    assert same_bits(scaled_lse, lse)
+    assert same_bits(scaled_out, out * 2.0**exponent)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 32, 128])
+def test_splits_of_values_of_many_sizes(torch: Any, num_heads_q: int) -> None:
+    """The largest decide, whichever piece they are in."""
+    case = make_case(Spec((3000,), num_heads_q=num_heads_q), "cuda")
+    case.q[..., :HEAD_DIM_V] = 0
+    sizes = torch.tensor([2.0**-60, 1.0, 2.0**60, 0.0], device="cuda")
+    pages = torch.arange(case.k_cache.shape[0], device="cuda") % 4
+    case.k_cache[..., :HEAD_DIM_V] *= sizes[pages, None, None, None].to(case.k_cache.dtype)
+    out, lse = decode(case)
+    expected_out, expected_lse = (torch.as_tensor(x, device="cuda") for x in decode_reference(case))
+    assert float((lse - expected_lse).abs().max()) < 1e-4
+    error = (out.double() - expected_out).abs().amax(-1)
+    assert bool((error <= 2.01 / 128 * expected_out.abs().amax(-1)).all())
 
 
 @pytest.mark.gpu

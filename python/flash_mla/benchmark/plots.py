@@ -1,4 +1,5 @@
-"""Draws a result from its JSON: a roofline of cases and peers, or heat maps of a sweep. Needs no GPU and no PyTorch."""
+"""Draws a result from its JSON: a roofline of cases and peers, heat maps of a sweep, or how a step over several GPUs
+compares with one. Needs no GPU and no PyTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ _PEER_STYLES = (("#0b5394", "s"), ("#3d8b37", "^"), ("#e08e0b", "D"), ("#6a6a6a"
 _SAME_INTENSITY = 1.13  # nearer points share a column of labels
 _DODGE = 1.035  # peers are drawn beside our point, not on it
 _LABEL_GAP = 0.034  # between labels, of the axes' height
+_MOST_PERCENT = 350.0  # what of a bar is drawn
 _UNITS = ((1e6, "s"), (1e3, "ms"), (1.0, "us"))
 
 
@@ -32,7 +34,7 @@ class Point:
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Draw a result of kind "decode" or "sweep" as PNG.
+    """Draw a result of kind "decode", "sweep" or "context_parallel" as PNG.
 
     Raises
     ------
@@ -41,10 +43,12 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     ImportError
         where matplotlib is missing.
     """
-    drawing = {"decode": _roofline, "sweep": _sweep}.get(result.get("kind", ""))
+    drawings = {"decode": _roofline, "sweep": _sweep, "context_parallel": _context_parallel}
+    drawing = drawings.get(result.get("kind", ""))
     if drawing is None:
-        raise NothingToDrawError(f'expected a result of kind "decode" or "sweep", got {result.get("kind")!r}')
-    if not result["cases" if result["kind"] == "decode" else "points"]:
+        kinds = ", ".join(f'"{kind}"' for kind in drawings)
+        raise NothingToDrawError(f"expected a result of a kind of {kinds}, got {result.get('kind')!r}")
+    if not result["points" if result["kind"] == "sweep" else "cases"]:
         raise NothingToDrawError("the result holds no measured case")
     try:
         figure_module: Any = importlib.import_module("matplotlib.figure")
@@ -251,6 +255,43 @@ def _heat_map(axes: Any, plane: dict[str, Any], points: Sequence[dict[str, Any]]
     axes.set_ylabel(names[plane["y"]])
     axes.set_title(plane["title"], loc="left", fontsize=10)
     return image
+
+
+def _context_parallel(result: dict[str, Any], figure_module: Any) -> Any:
+    """A bar for each case, of what a step's parts take alone, in percent of one device's time; a mark for the whole."""
+    cases = result["cases"]
+    figure = figure_module.Figure(figsize=(10, 1.8 + 0.5 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(cases) - 1, -1, -1)
+    left = [0.0] * len(cases)
+    for part, colour in (("decode", "#4477aa"), ("exchange", "#ee9944"), ("merge", "#88bb77")):
+        widths = [100 * case["microseconds"][part] / case["microseconds"]["one_device"] for case in cases]
+        axes.barh(places, widths, 0.6, left, color=colour, label=f"{part}, alone")
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    wholes = [100 * case["microseconds"]["step"] / case["microseconds"]["one_device"] for case in cases]
+    axes.plot(wholes, places, "d", color="black", label="the whole step")
+    for case, place, end in zip(cases, places, map(max, left, wholes), strict=True):
+        times = case["microseconds"]
+        axes.annotate(
+            f"{duration(times['step'])}; one GPU {duration(times['one_device'])}",
+            (min(end, _MOST_PERCENT), place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(100, color="#808080", linewidth=1, linestyle="--", label="one GPU")
+    axes.axvline(100 / result["ranks"], color="#808080", linewidth=1, linestyle=":", label="one GPU / ranks")
+    axes.set(xlim=(0, 1.35 * min(max(*left, *wholes, 100), _MOST_PERCENT)), xlabel="% of one GPU's time")
+    axes.set_yticks(places, [case["name"] for case in cases])
+    axes.legend(loc="center right", fontsize=8)
+    gpu = result["machine"]
+    axes.set_title(
+        f"One cache over {result['ranks']} x {gpu['gpu']}, {result['date'][:10]}, commit {result['commit']}",
+        loc="left",
+        fontsize=11,
+    )
+    return figure
 
 
 def duration(microseconds: float) -> str:
