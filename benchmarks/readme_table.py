@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def update(page: Path, text: str, check: bool) -> None:
-    """Puts `text` between the page's markers, or raises SystemExit where it is not there already and this is a check."""
+    """Puts `text` between the page's markers, or raises SystemExit if it is not there and this is a check."""
     old = page.read_text()
     new = replaced(old, text)
     if check and new != old:
