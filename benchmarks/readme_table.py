@@ -104,12 +104,16 @@ def context_parallel_table(result: dict[str, Any]) -> str:
             f"| {case['name']} | {times} | {case['speedup']:.2f} | {100 * case['exchange_share']:.0f} % "
             f"| {case['bytes_received_per_rank'] / 1e3:.0f} |"
         )
-    worst = max(case["error_out"] for case in result["cases"])
+    worst = max((case["error_out"] for case in result["cases"]), default=0.0)
+    off = [case["name"] for case in result["cases"] if not case["passed"]]
+    verdict = f"All results agreed with one GPU's: out within {worst:.0e}."
+    if off:
+        verdict = f"OFF from one GPU's result: {', '.join(off)}."
     lines += [
         "",
         f"Measured {result['date'][:10]} on {result['ranks']} {gpu['gpu']} of one host (driver {gpu['driver']}, NCCL "
         f"{gpu['nccl']}, NVLink multicast {'off' if gpu['NCCL_NVLS_ENABLE'] == '0' else 'as NCCL chooses'}) at commit "
-        f"{result['commit']}, the slowest rank's time. All results agreed with one GPU's: out within {worst:.0e}. "
+        f"{result['commit']}, the slowest rank's time. {verdict} "
         f"Exchanging 16 bytes takes {empty['gather']:.1f} us (gather) and {empty['heads']:.1f} us (heads).",
     ]
     return "\n".join(lines)

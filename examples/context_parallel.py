@@ -260,11 +260,16 @@ def run_ranks(options: argparse.Namespace, problem: Problem, clock: Clock) -> di
     if options.exchange == "heads":
         expected = expected[0].chunk(num_ranks, 2)[rank], expected[1].chunk(num_ranks, 1)[rank]
     report = compare(*run_step(partial(step, shards[0]), clock, options.graph, [way.mine, way.received]), *expected)
-    times = {"one_device": clock.microseconds([layer.decode for layer in layers])}
-    for call in (step, without_exchange, decode):
-        times[call.__name__] = clock.microseconds([partial(call, shard) for shard in shards])
-    for call in (way.exchange, way.collective, way.received.merge):
-        times[call.__name__] = clock.microseconds([call] * len(shards))
+    calls: dict[str, list[Callable[[], object]]] = {
+        "one_device": [layer.decode for layer in layers],
+        "step": [partial(step, shard) for shard in shards],
+        "without_exchange": [partial(without_exchange, shard) for shard in shards],
+        "decode": [partial(decode, shard) for shard in shards],
+        "exchange": [way.exchange] * len(shards),
+        "collective": [way.collective] * len(shards),
+        "merge": [way.received.merge] * len(shards),
+    }
+    times = {name: clock.microseconds(some) for name, some in calls.items()}
     return {
         **report,
         "ranks": num_ranks,

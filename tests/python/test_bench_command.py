@@ -91,6 +91,45 @@ def sweep_result() -> dict[str, Any]:
     }
 
 
+def ranks_result(num_ranks: int = 2) -> dict[str, Any]:
+    """A result of several GPUs: a case that gains, one that loses much, and one whose result was off."""
+    parts = ("one_device", "step", "decode", "exchange", "collective", "merge", "without_exchange")
+    cases: list[dict[str, Any]] = []
+    for name, tokens, times in (
+        ("long", [1048576], (470.0, 250.0, 235.0, 12.0, 10.0, 3.0, 237.0)),
+        ("short", [64, 0, 20000], (8.0, 40.0, 8.0, 15.0, 13.0, 3.0, 11.0)),
+        ("wrong", [64], (8.0, 30.0, 8.0, 15.0, 13.0, 3.0, 11.0)),
+    ):
+        microseconds = dict(zip(parts, times, strict=True))
+        cases.append(
+            {
+                "name": name,
+                "tokens": tokens,
+                "batch": 16 if name == "long" else 1,
+                "queries": 2 if name == "short" else 1,
+                "causal": name == "short",
+                "graph": name != "wrong",
+                "exchange": "gather",
+                "passed": name != "wrong",
+                "error_out": 3e-5,
+                "error_lse": 5e-7,
+                "bytes_received_per_rank": 131584,
+                "microseconds": microseconds,
+                "speedup": microseconds["one_device"] / microseconds["step"],
+                "exchange_share": microseconds["exchange"] / microseconds["step"],
+            }
+        )
+    machine = {"gpu": "NVIDIA H200", "driver": "580", "backend": "nccl", "nccl": "2.28.9", "NCCL_NVLS_ENABLE": "0"}
+    return {
+        **{key: decode_result()[key] for key in ("date", "commit")},
+        "kind": "context_parallel",
+        "machine": machine,
+        "ranks": num_ranks,
+        "empty_exchange_us": {"gather": 9.0, "heads": 8.5},
+        "cases": cases,
+    }
+
+
 def test_takes_all_cases_or_those_that_are_named() -> None:
     assert [s.name for s in command.chosen_shapes(options())] == [s.name for s in SHAPES]
     assert [s.name for s in command.chosen_shapes(options("--quick"))] == list(QUICK)
@@ -189,6 +228,29 @@ def test_prints_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 points measured, 1 skipped for memory, 1 for time" in capsys.readouterr().out
 
 
+def test_prints_what_several_gpus_take(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_context_parallel(ranks_result())
+    printed = capsys.readouterr().out
+    assert "2 ranks on NVIDIA H200" in printed
+    assert re.search(r"long +470.0 +250.0 +235.0 +12.0 +10.0 +3.0 +237.0 +1.88 +5 +132 +3e-05", printed)
+    assert "OFF wrong: out by 3.0e-05" in printed
+    assert "OFF long" not in printed
+
+
+def test_tables_of_several_gpus() -> None:
+    old, new = ranks_result(2), ranks_result(2)
+    old["cases"] = []
+    right = ranks_result(8)
+    right["cases"].pop()
+    text = readme_table().context_parallel_tables([old, right, new])
+    of_two, of_eight = text.split("\n\n| case |")
+    assert "| long | 470.0 | 250.0 | 235.0 | 12.0 | 3.0 | 1.88 | 5 % | 132 |" in of_two
+    assert "OFF from one GPU's result: wrong." in of_two
+    assert "All results agreed with one GPU's: out within 3e-05." in of_eight
+    assert "on 8 NVIDIA H200" in of_eight
+    assert readme_table().context_parallel_tables([]) == ""
+
+
 def test_writes_and_finds_results(tmp_path: Path) -> None:
     old, new = decode_result(), {**decode_result(), "date": "2026-12-01T00:00:00+00:00"}
     assert report.write(old, None, folder=tmp_path).name == "2026-11-24-abc1234.json"
@@ -238,7 +300,7 @@ def test_readme_table_reads_a_new_result() -> None:
     assert f"| {SHAPES[0].name} | 128, 128, 1, 4096 |" in readme_table().table(decode_result(), None)
 
 
-@pytest.mark.parametrize("make_result", [decode_result, sweep_result])
+@pytest.mark.parametrize("make_result", [decode_result, sweep_result, ranks_result])
 def test_draws_a_result(make_result: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     path = tmp_path / "result.json"

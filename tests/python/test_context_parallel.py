@@ -29,7 +29,11 @@ SECONDS = 240  # for processes to start and end on a busy machine
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    specification = importlib.util.spec_from_file_location("context_parallel", EXAMPLE)
+    return load("context_parallel", EXAMPLE)
+
+
+def load(name: str, path: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -69,6 +73,20 @@ def test_in_turn(device: str | None, example: Any, seqlen_q: int, causal: bool, 
     case = make_case(spec, device or "cpu")
     reference = decode_torch(case) if device else tuple(torch.from_numpy(x) for x in decode_numpy(to_numpy(case)))
     assert_close(*decode_in_turn(example, case, num_ranks), *reference, f"{num_ranks} ranks, {spec}")
+
+
+@pytest.mark.parametrize("tokens", [(64,), (0, 0)], ids=str)
+def test_ranks_without_a_page(device: str | None, example: Any, tokens: tuple[int, ...]) -> None:
+    """A rank that holds nothing of any request has a cache of no pages, and a block table of no columns."""
+    options = argparse.Namespace(
+        tokens=tokens, batch=1, queries=1, heads=128, page_size=64, dtype="bfloat16", causal=False
+    )
+    problem = example.make_problem(options, torch.device(device or "cpu"))
+    assert example.Shard(problem, 2, 3).k_cache.shape[0] == 0
+    states = example.States(3, *problem.q.shape[:3], like=problem.q)
+    for rank in range(3):
+        example.Shard(problem, rank, 3).decode(problem.q, states.outs[rank], states.lses[rank])
+    assert example.compare(*states.merge(), *problem.decode())["passed"]
 
 
 def to_numpy(case: Any) -> Any:
@@ -181,6 +199,23 @@ def test_says_what_is_wrong(example: Any) -> None:
         example.Heads(torch.zeros(1, 1, 8, 576), 3)
 
 
+def test_too_few_gpus(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is taken where there is no Hopper GPU, never where there are too few."""
+    devices: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0) if index == 0 else (9, 0))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert example.own_device(graph=True) == torch.device("cuda", 2)
+    assert devices == [torch.device("cuda", 2)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(SystemExit, match=r"--nproc-per-node: expected a Hopper GPU .* there are 2, got 4"):
+        example.own_device(graph=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert example.own_device(graph=False) == torch.device("cpu")
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_exit_code_of_a_wrong_result(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def merge_first_two(states: Any) -> Any:
@@ -225,6 +260,35 @@ def test_benchmark_on_the_cpu(tmp_path: Path) -> None:
     assert all(case["passed"] for case in result["cases"])
 
 
+@pytest.fixture
+def benchmark(example: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark in this process, which is the only rank, on the CPU."""
+    module = load("bench_context_parallel", BENCHMARK)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    return module
+
+
+def test_exit_code_of_the_benchmark(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--steps", "1", "--custom=--tokens 700 --heads 2", "--json", str(tmp_path / "result.json"))
+    assert benchmark.main(options) == 0
+    merge = benchmark.example.States.merge
+    monkeypatch.setattr(benchmark.example.States, "merge", lambda states: [1.05 * part for part in merge(states)])
+    assert benchmark.main(options) == 1
+    assert not json.loads((tmp_path / "result.json").read_text())["cases"][0]["passed"]
+
+
+def test_cases_of_the_benchmark(benchmark: Any) -> None:
+    cases = benchmark.chosen_cases(benchmark.parse([]))
+    assert list(cases) == list(benchmark.CASES)
+    assert {1048576, 131072} <= {case.tokens[0] for case in cases.values()}
+    assert {case.exchange for case in cases.values()} == {"gather", "heads"}
+    assert {case.steps for case in cases.values()} == {200}
+    assert len(benchmark.chosen_cases(benchmark.parse(["--cases", "b1_1m_heads", "--custom=--tokens 5"]))) == 2
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_benchmark_says_what_is_wrong(tmp_path: Path) -> None:
     for arguments, message in (
@@ -251,6 +315,32 @@ def test_ranks_on_gpus(tmp_path: Path, exchange: str, graph: bool) -> None:
     assert report["passed"]
     assert "H" in report["device"]
     assert report["ranks"] == ranks
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("torch")
+def test_benchmark_on_gpus(tmp_path: Path) -> None:
+    """With one GPU or several: the shortest cases, where ranks are empty."""
+    ranks = 2 ** min(int(math.log2(torch.cuda.device_count())), 3)
+    names = ("empty_ranks_gather", "empty_ranks_heads", "one_page_heads")
+    code, text, result = run(tmp_path, ranks, "--cases", *names, "--steps", "20", on_cpu=False, script=BENCHMARK)
+    assert code == 0, text
+    assert [(case["name"], case["passed"], case["graph"]) for case in result["cases"]] == [
+        (name, True, True) for name in names
+    ]
+    assert (result["ranks"], result["machine"]["backend"]) == (ranks, "nccl")
+    assert result["machine"]["nccl"].startswith("2.")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("torch")
+def test_more_ranks_than_gpus(tmp_path: Path) -> None:
+    """It says so at once, and does not run on the CPU."""
+    ranks = torch.cuda.device_count() + 1
+    code, text, report = run(tmp_path, ranks, *SMALL, on_cpu=False)
+    assert code != 0
+    assert f"got {ranks}; with CUDA_VISIBLE_DEVICES= all run on the CPU" in text
+    assert report == {}
 
 
 @pytest.mark.gpu

@@ -279,17 +279,19 @@ def _context_parallel(result: dict[str, Any], figure_module: Any) -> Any:
             textcoords="offset points",
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the line at 100
         )
-    axes.axvline(100, color="#808080", linewidth=1, linestyle="--", label="one GPU")
+    axes.axvline(100, color="#808080", linewidth=1, linestyle="--", label="one GPU", zorder=2)
     axes.axvline(100 / result["ranks"], color="#808080", linewidth=1, linestyle=":", label="one GPU / ranks")
     axes.set(xlim=(0, 1.35 * min(max(*left, *wholes, 100), _MOST_PERCENT)), xlabel="% of one GPU's time")
     axes.set_yticks(places, [case["name"] for case in cases])
-    axes.legend(loc="center right", fontsize=8)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, fontsize=8, frameon=False)  # above: bars are long
     gpu = result["machine"]
     axes.set_title(
         f"One cache over {result['ranks']} x {gpu['gpu']}, {result['date'][:10]}, commit {result['commit']}",
         loc="left",
         fontsize=11,
+        pad=24,
     )
     return figure
 
