@@ -2,6 +2,7 @@
 
 #include "cuda/launch.h"
 #include "scheduler/plan.h"
+#include "scheduler/small_plan.cuh"
 #include "scheduler/warp_plan.cuh"
 #include "sm90/ptx/grid.cuh"
 
@@ -120,7 +121,10 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanArguments
   if (part == 0 && args.num_splits != nullptr) plan.write_num_splits(args.num_splits);
   if (part >= args.num_parts) return;
   std::int32_t unused;
-  const Part row = plan.row(part, unused);
+  Part row;
+  if (!SmallPlan::make(args.cache_seqlens, args.batch_size, args.num_parts, part, row, unused)) {
+    row = plan.row(part, unused);
+  }
   if (threadIdx.x % 32 == 0) args.parts[part] = row;
 }
 

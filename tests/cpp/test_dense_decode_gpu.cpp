@@ -162,9 +162,9 @@ INSTANTIATE_TEST_SUITE_P(Extents, DenseDecodeGpuGrid,
 
 TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   std::mt19937 random(3);
-  for (const int batch : {1, 2, 64, 128, 1000, 1024, 1025, 5000, 100000}) {
-    for (const int parts : {1, 33, 132, 160}) {
-      for (const int max_seqlen : {0, 1, 300, 8192, 1 << 20}) {
+  for (const int batch : {1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 128, 1000, 1024, 1025, 5000, 100000}) {
+    for (const int parts : {1, 33, 66, 132, 160}) {
+      for (const int max_seqlen : {0, 1, 300, 2048, 8192, 100000, 1 << 20, 1 << 21}) {
         std::vector<std::int32_t> seqlens(batch);
         for (std::int32_t& value : seqlens) {
           value = random() % 4 == 0 ? 0 : static_cast<std::int32_t>(random() % (max_seqlen + 1));

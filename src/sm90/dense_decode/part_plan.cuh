@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "scheduler/small_plan.cuh"
 #include "scheduler/warp_plan.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/ptx/barrier.cuh"
@@ -92,7 +93,10 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
     if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
   } else if (params.parts == nullptr) {
     std::int32_t pieces;
-    part = scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, pieces);
+    if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, part_idx, part,
+                                    pieces)) {
+      part = scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, pieces);
+    }
     continued = {part.begin_request, part.first_part, pieces, pieces};
   }
   if (threadIdx.x % 32 == 0) {
