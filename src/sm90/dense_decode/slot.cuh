@@ -15,9 +15,9 @@
 //   rows    (consumer warps, 3, rows of a warp) floats: the maximum of a row's scores times softmax_scale_log2, the sum
 //           of exp2(score - maximum), 0 where it saw no key, and the scale of the warp's values
 //
-// Scales are powers of 2 that bring the largest value of a row close to the largest of float16. So a value is rounded
-// to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the size of V. Rows lie in pairs, as octets have
-// them.
+// Scales are powers of 2 that bring the largest of a warp's values of a row close to the largest of float16. So a value
+// is rounded to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the size of V; bits are lost only of
+// values below 2^-28 of that largest one. Rows lie in pairs, as octets have them.
 
 namespace flash_mla::sm90 {
 
@@ -68,7 +68,8 @@ struct RowScale {
   float scale;
   float inverse;
 
-  /// `largest`: the largest magnitude of the row's values. Where it is infinite, values stay as they are.
+  /// `largest`: the largest magnitude of the row's values, NaN left out. Infinite only where a sum has overflowed, as
+  /// an infinity in V is one in K, whose score is NaN or infinite; the scale is 1 then.
   __device__ __forceinline__ explicit RowScale(float largest) {
     constexpr int kBias = 127;
     constexpr int kTop = 14;        // scaled values are below 2^15
