@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import os
 import shlex
 import sys
@@ -44,19 +44,8 @@ NCCL_VARIABLES = ("NCCL_NVLS_ENABLE", "NCCL_ALGO", "NCCL_PROTO")
 EMPTY_BYTES = 16  # a message of this size takes what an exchange takes at least
 
 
-def load_example() -> Any:
-    specification = importlib.util.spec_from_file_location(
-        "context_parallel", HERE.parent / "examples" / "context_parallel.py"
-    )
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # its dataclass looks there
-    specification.loader.exec_module(module)
-    return module
-
-
-example = load_example()
+sys.path.insert(0, str(HERE.parent / "examples"))
+example: Any = importlib.import_module("context_parallel")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
