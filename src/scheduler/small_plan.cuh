@@ -72,6 +72,22 @@ class SmallPlan {
     return true;
   }
 
+  /// The same for a request that is alone. Returns how many pieces it has.
+  __device__ static std::int32_t make_alone(std::int32_t seqlen, std::int32_t max_parts, std::int32_t part, Part& row) {
+    const std::int32_t blocks = max((seqlen + kBlockN - 1) / kBlockN, 1);
+    const Divisor quota(Divisor(max_parts).divide(blocks + max_parts - 1));
+    const Divisor pieces(quota.divide(blocks + quota.value - 1));
+    SplitPlan::write_empty(row, part, 1);
+    if (part < pieces.value) {
+      row.begin_request = row.end_request = 0;
+      row.begin_block = pieces.divide(blocks * part);
+      if (part + 1 < pieces.value) row.end_block = pieces.divide(blocks * (part + 1));
+      row.num_pieces = pieces.value - part;
+      row.first_part = 0;
+    }
+    return pieces.value;
+  }
+
  private:
   static constexpr unsigned kAllLanes = ~0U;
 

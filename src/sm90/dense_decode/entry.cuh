@@ -16,9 +16,9 @@ namespace flash_mla::sm90 {
 /// consumer warpgroups, and one of warps that load and plan. Where CTAs may not wait for each other, as many again come
 /// behind them and merge split requests (launch.cuh).
 ///
-/// Kernel has Traits, Storage and three functions: init_shared, by all threads, thread 0 with a fence_mbarrier_init();
+/// Kernel has Traits, Storage and three functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
 /// consume, by the consumer warpgroups; and produce, by the warps of the last warpgroup, numbered from its first one.
-/// Warp 0 of these has the plan first, and loads at once; the others wait for it.
+/// Warp 0 of these plans while the others initialise.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -36,15 +36,11 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     shared.merge_barriers.init(Traits::kConsumerThreads);
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
   }
-  Kernel::init_shared(params, shared);
-  __syncthreads();
+  if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
   ptx::wait_for_previous_grids();
   if (!params.shares_kv) ptx::launch_dependents();
-  if (threadIdx.x / 32 == Traits::kConsumerWarps) {
-    plan_part(params, CtaRole(params).part_idx, shared.plan);
-  } else {
-    wait_for_plan(shared.plan);
-  }
+  if (threadIdx.x / 32 == Traits::kConsumerWarps) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
     const CtaRole role(params);

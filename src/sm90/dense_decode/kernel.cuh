@@ -42,7 +42,7 @@ struct DenseDecodeKernel {
       }
       ptx::fence_mbarrier_init();
     }
-    clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kNumThreads);
+    clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
   /// A consumer's walk over the part's pieces.

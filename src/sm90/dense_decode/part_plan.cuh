@@ -41,21 +41,15 @@ struct PartPlan {
   scheduler::Part part;
   /// The request that the part continues, and the one that it begins and does not end.
   SplitRequest splits[2];
-  std::uint64_t ready;         // an mbarrier for one arrival: the part, and where it is planned here the splits
-  std::uint64_t splits_ready;  // one for one arrival
+  std::uint64_t splits_ready;  // an mbarrier for one arrival
   /// One for an arrival by each consumer thread: the piece of each split is in the workspace.
   std::uint64_t piece_written[2];
 };
 
 /// By one thread, which calls fence_mbarrier_init() afterwards.
 __device__ __forceinline__ void init_plan(PartPlan& plan, int num_consumer_threads) {
-  ptx::mbarrier_init(ptx::shared_address(&plan.ready), 1);
   ptx::mbarrier_init(ptx::shared_address(&plan.splits_ready), 1);
   for (auto& barrier : plan.piece_written) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads);
-}
-
-__device__ __forceinline__ void wait_for_plan(PartPlan& plan) {
-  ptx::mbarrier_wait(ptx::shared_address(&plan.ready), 0);
 }
 
 __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
@@ -87,8 +81,11 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
   if (params.parts != nullptr) part = params.parts[part_idx];
   prefetch_tables(params);
   if (params.parts == nullptr && params.batch_size == 1) {
-    const std::int32_t pieces = scheduler::SplitPlan::write_alone(part, min(*params.cache_seqlens, params.max_seqlen_k),
-                                                                  part_idx, params.num_parts);
+    const std::int32_t seqlen = min(*params.cache_seqlens, params.max_seqlen_k);
+    const std::int32_t pieces =
+        seqlen <= scheduler::SmallPlan::kMaxSeqlen
+            ? scheduler::SmallPlan::make_alone(seqlen, params.num_parts, part_idx, part)
+            : scheduler::SplitPlan::write_alone(part, seqlen, part_idx, params.num_parts);
     const int slices = num_slices_of_lone(params, pieces);
     if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
   } else if (params.parts == nullptr) {
@@ -105,9 +102,7 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
     plan.splits[0] = continued;
     plan.splits[1] = {part.end_request, part_idx, begun_pieces,
                       params.batch_size == 1 ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
-    ptx::mbarrier_arrive(ptx::shared_address(&plan.ready));
   }
-  __syncwarp();
 }
 
 /// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,

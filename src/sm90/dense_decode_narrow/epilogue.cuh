@@ -30,13 +30,11 @@ class NarrowEpilogue {
       : params_(params), shared_(shared), piece_(piece), tile_(tile), head_k_(head_k), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void write(Consumer& consumer) const {
-    float scale[Traits::kRowsPerThread] = {};
-    const bool has_blocks = piece_.begin_block < piece_.end_block;
-    merge_sums(consumer, has_blocks, scale);
-    if (has_blocks) {
-      if (warpgroup_ == 1) swap_halves(consumer.o);
-#pragma unroll
-      for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) exchange(consumer, first, scale);
+    if (has_blocks()) {
+      merge(consumer);
+    } else {
+      if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
+      consumer.meet_other();
     }
     if (piece_.is_whole) {
       write_final(consumer);
@@ -48,7 +46,7 @@ class NarrowEpilogue {
   /// Before another piece: what consumers exchanged is read, and the memory of Q is Q's again.
   __device__ __forceinline__ void give_back_query(Consumer& consumer) const {
     consumer.meet_other();
-    if (piece_.begin_block == piece_.end_block) return;
+    if (!has_blocks()) return;
     clear_query_padding<Traits>(params_, ptx::shared_address(shared_.q), threadIdx.x, Traits::kConsumerThreads);
     ptx::fence_proxy_async();
     ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
@@ -65,6 +63,11 @@ class NarrowEpilogue {
   /// that it stores two columns of a row.
   __device__ __forceinline__ void write_final(const Consumer& consumer) const {
     const FinalOutput<Element> output{params_, piece_.request};
+    float inverse[Traits::kRowsPerThread];
+#pragma unroll
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+      inverse[k] = inverse_sum(shared_.total_sum[Consumer::row_at(k)]);
+    }
     const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
                              static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -76,7 +79,8 @@ class NarrowEpilogue {
 #pragma unroll
         for (int i = 4 * group; i < 4 * group + 4; i += 2) {
           const auto& o = consumer.o[chunk];
-          const std::uint32_t values = ptx::transpose_matrix(pack<Element>(o[i], o[i + 1]));
+          const std::uint32_t values = ptx::transpose_matrix(
+              pack<Element>(o[i] * inverse[2 * group], o[i + 1] * inverse[2 * group + 1]));
           Element* const to = row + chunk * Traits::kChunkColumns + i / 2 % 2 * 8;
           if (at.is_valid) *reinterpret_cast<std::uint32_t*>(to) = values;
         }
@@ -112,55 +116,65 @@ class NarrowEpilogue {
   }
 
   __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
+  __device__ bool has_blocks() const { return piece_.begin_block < piece_.end_block; }
 
-  /// Writes the sums over both consumers; in `scale`, what this consumer's O is multiplied with.
-  __device__ __forceinline__ void merge_sums(Consumer& consumer, bool has_blocks,
-                                             float (&scale)[Traits::kRowsPerThread]) const {
-    const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
-    const bool has_rows = threadIdx.x % 32 < 4;  // the lanes of the warp that write
-    if (has_blocks) {
+  /// Brings both consumers' part of the own chunks together, and finds the rows' maxima and sums.
+  __device__ __forceinline__ void merge(Consumer& consumer) const {
+    if (warpgroup_ == 1) swap_halves(consumer.o);
+    give_sums(consumer);
+    consumer.meet_other();  // and nobody reads Q any more
+    float own[Traits::kRowsPerThread];    // what this consumer's O is multiplied with
+    float other[Traits::kRowsPerThread];  // and the other's
 #pragma unroll
-      for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-        const float sum = column_reduce_sum(consumer.row_sum[k]);
-        const int row = Consumer::row_at(k);
-        if (has_rows) shared_.warp_sum[warpgroup_][warp][row] = sum;
-        if (has_rows && warp == 0) shared_.row_max[warpgroup_][row] = consumer.row_max[k];
-      }
-      consumer.meet_other();
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+      const float other_max = shared_.row_max[1 - warpgroup_][Consumer::row_at(k)];
+      const float max = fmaxf(consumer.row_max[k], other_max);
+      own[k] = ptx::exp2_approx((consumer.row_max[k] - max) * params_.softmax_scale_log2);
+      other[k] = ptx::exp2_approx((other_max - max) * params_.softmax_scale_log2);
     }
-    if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x, has_blocks);
-    if (has_blocks || !piece_.is_whole) consumer.meet_other();
-    if (!has_blocks) return;
 #pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) scale[k] = shared_.scale[warpgroup_][Consumer::row_at(k)];
+    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
+      if (first > 0) consumer.meet_other();  // read, before it is written again
+      give(consumer, first);
+      if (first == 0 && threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
+      consumer.meet_other();
+      take(consumer, first, own, other);
+    }
   }
 
-  __device__ __forceinline__ void merge_row(int row, bool has_blocks) const {
+  __device__ __forceinline__ void give_sums(const Consumer& consumer) const {
+    const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
+    const bool has_rows = threadIdx.x % 32 < 4;  // the lanes of the warp that write
+#pragma unroll
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+      const float sum = column_reduce_sum(consumer.row_sum[k]);
+      const int row = Consumer::row_at(k);
+      if (has_rows) shared_.warp_sum[warpgroup_][warp][row] = sum;
+      if (has_rows && warp == 0) shared_.row_max[warpgroup_][row] = consumer.row_max[k];
+    }
+  }
+
+  /// A row's maximum and sum over both consumers, for all of them once they have met again.
+  __device__ __forceinline__ void merge_row(int row) const {
     float max = kNoMax;
     float sum = 0.0F;
-    if (has_blocks) {
+    if (has_blocks()) {
       max = fmaxf(shared_.row_max[0][row], shared_.row_max[1][row]);
-      float factor[Traits::kNumConsumers];
 #pragma unroll
       for (int w = 0; w < Traits::kNumConsumers; ++w) {
-        factor[w] = ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
         float part = 0.0F;
 #pragma unroll
         for (int i = 0; i < Traits::kWarpgroupWarps; ++i) part += shared_.warp_sum[w][i][row];
-        sum += part * factor[w];
+        sum += part * ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
       }
-      const float inverse = piece_.is_whole ? inverse_sum(sum) : 1.0F;
-#pragma unroll
-      for (int w = 0; w < Traits::kNumConsumers; ++w) shared_.scale[w][row] = factor[w] * inverse;
     }
+    shared_.total_max[row] = max * params_.softmax_scale_log2;
+    shared_.total_sum[row] = sum;
     if (piece_.is_whole) {
       const RowCoordinate at = coordinate(row);
       if (at.is_valid) {
         FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
       }
-    } else {
-      shared_.total_max[row] = max * params_.softmax_scale_log2;
-      shared_.total_sum[row] = sum;
     }
   }
 
@@ -177,45 +191,41 @@ class NarrowEpilogue {
     }
   }
 
-  /// Scales kStagedChunks own chunks of O from `first` on, gives the other consumer its ones, and adds what it
-  /// gives.
-  __device__ __forceinline__ void exchange(Consumer& consumer, int first,
-                                           const float (&scale)[Traits::kRowsPerThread]) const {
-    auto& o = consumer.o;
-    const std::uint32_t staged =
-        ptx::shared_address(shared_.q) + threadIdx.x % Traits::kWarpgroupThreads * static_cast<int>(sizeof(float4));
-    constexpr int kVectorStep = Traits::kWarpgroupThreads * sizeof(float4);
-    constexpr int kHalf = kStagedChunks * kVectorsPerChunk * kVectorStep;
+  /// Gives the other consumer kStagedChunks of its chunks of O, from its `first` on.
+  __device__ __forceinline__ void give(const Consumer& consumer, int first) const {
 #pragma unroll
     for (int j = 0; j < kStagedChunks; ++j) {
-      const auto& given = o[Traits::kOwnChunks + first + j];
+      const auto& given = consumer.o[Traits::kOwnChunks + first + j];
 #pragma unroll
       for (int v = 0; v < kVectorsPerChunk; ++v) {
-        std::uint32_t word[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) word[c] = __float_as_uint(given[4 * v + c] * scale[Consumer::index_of(4 * v + c)]);
-        ptx::store_shared_v4(staged + (1 - warpgroup_) * kHalf + (j * kVectorsPerChunk + v) * kVectorStep, word[0],
-                             word[1], word[2], word[3]);
+        ptx::store_shared_v4(staged(1 - warpgroup_, j, v), {given[4 * v], given[4 * v + 1], given[4 * v + 2],
+                                                            given[4 * v + 3]});
       }
     }
-    consumer.meet_other();
+  }
+  /// Adds what the other has given.
+  __device__ __forceinline__ void take(Consumer& consumer, int first, const float (&own)[Traits::kRowsPerThread],
+                                       const float (&other)[Traits::kRowsPerThread]) const {
 #pragma unroll
     for (int j = 0; j < kStagedChunks; ++j) {
-      auto& own = o[first + j];
+      auto& o = consumer.o[first + j];
 #pragma unroll
       for (int v = 0; v < kVectorsPerChunk; ++v) {
-        std::uint32_t word[4];
-        ptx::load_shared_v4(staged + warpgroup_ * kHalf + (j * kVectorsPerChunk + v) * kVectorStep, word[0], word[1],
-                            word[2], word[3]);
+        const float4 taken = ptx::load_shared_v4(staged(warpgroup_, j, v));
+        const float part[4] = {taken.x, taken.y, taken.z, taken.w};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          own[4 * v + c] = fmaf(own[4 * v + c], scale[Consumer::index_of(4 * v + c)], __uint_as_float(word[c]));
+          const int k = Consumer::index_of(4 * v + c);
+          o[4 * v + c] = fmaf(o[4 * v + c], own[k], part[c] * other[k]);
         }
       }
     }
-    if (first + kStagedChunks < Traits::kOwnChunks) {
-      consumer.meet_other();  // read, before it is written again
-    }
+  }
+  /// Where a thread's vector of a chunk that `warpgroup` takes lies.
+  __device__ std::uint32_t staged(int warpgroup, int chunk, int vector) const {
+    const int idx = (warpgroup * kStagedChunks + chunk) * kVectorsPerChunk + vector;
+    return ptx::shared_address(shared_.q) + (idx * Traits::kWarpgroupThreads + threadIdx.x % Traits::kWarpgroupThreads) *
+                                                static_cast<int>(sizeof(float4));
   }
 
   const DenseDecodeParams& params_;

@@ -55,7 +55,6 @@ struct alignas(1024) NarrowStorage {
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float row_max[Traits::kNumConsumers][Traits::kRows];
-  float scale[Traits::kNumConsumers][Traits::kRows];
   float total_max[Traits::kRows];
   float total_sum[Traits::kRows];
   PartPlan plan;
