@@ -36,7 +36,8 @@ struct Workspace {
 struct Work {
   sm90::QueryTiling tiling;
   int num_parts;
-  bool plans_itself;  // whatever plan is given
+  bool plans_itself;     // whatever plan is given
+  int cluster_size = 0;  // see DenseDecodeParams
 };
 
 /// The tokens that a request may have. Lengths are cut there.
@@ -69,6 +70,21 @@ std::optional<Work> divide_by_blocks(const DenseDecodeShape& shape, int num_sms,
   const sm90::QueryTiling tiling = make_tiling(shape, rows);
   if (parts * tiling.num_tiles * shape.num_heads_k > num_sms) return std::nullopt;
   return Work{tiling, static_cast<int>(parts), true};
+}
+
+/// A cluster of CTAs for each request and tile of few rows, and two blocks for each CTA, where requests are so short
+/// that clusters hold them, and so few that all run at once. These need no plan and no workspace. On the current
+/// device.
+std::optional<Work> divide_by_clusters(const DenseDecodeShape& shape) {
+  constexpr int kBlocksPerCta = 2;
+  const std::int64_t max_blocks = (max_seqlen_k(shape) + scheduler::kBlockN - 1) / scheduler::kBlockN;
+  if (max_blocks > kBlocksPerCta * sm90::kMaxClusterSize) return std::nullopt;
+  int size = 1;
+  while (kBlocksPerCta * size < max_blocks) size *= 2;
+  const sm90::QueryTiling tiling = make_tiling(shape, sm90::kMinTileRows);
+  const std::int64_t clusters = shape.batch_size * tiling.num_tiles * shape.num_heads_k;
+  if (clusters > sm90::max_active_clusters(size)) return std::nullopt;
+  return Work{tiling, static_cast<int>(shape.batch_size) * size, true, size};
 }
 
 Work divide_work(const DenseDecodeShape& shape, int num_sms) {
@@ -163,6 +179,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
   params.shares_kv = params.tiling.num_tiles > 1 && params.batch_size > kMaxSmallBatch;
+  params.cluster_size = work.cluster_size;
   params.num_parts = work.num_parts;
   params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;
@@ -193,9 +210,10 @@ void check_workspace(const Workspace& needed, const void* workspace, std::size_t
 void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& shape, void* workspace,
                       std::size_t workspace_bytes, CUstream_st* stream) {
   const cuda::DeviceGuard guard(args.q.device.index);
-  const Work work = divide_work(args, shape);
-  const Workspace layout = lay_out_workspace(shape, work);
+  const Work planned = divide_work(args, shape);
+  const Workspace layout = lay_out_workspace(shape, planned);
   check_workspace(layout, workspace, workspace_bytes);
+  const Work work = divide_by_clusters(shape).value_or(planned);
   auto* const bytes = static_cast<unsigned char*>(workspace);
 
   sm90::DenseDecodeParams params = make_params(args, shape, work);
@@ -204,7 +222,7 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
   params.slots = bytes + layout.slots;
   if (args.tile_scheduler_metadata && !work.plans_itself) {
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
-  } else if (!scheduler::plans_within_a_warp(params.batch_size, work.num_parts)) {
+  } else if (work.cluster_size == 0 && !scheduler::plans_within_a_warp(params.batch_size, work.num_parts)) {
     auto* const planned = reinterpret_cast<scheduler::Part*>(bytes);
     scheduler::plan_on_device({params.cache_seqlens, params.batch_size, work.num_parts, planned, nullptr}, stream);
     params.parts = planned;

@@ -19,19 +19,20 @@ enum class Overlap : bool { kNone, kWithPrevious };
 /// A checked kernel launch.
 class Launch {
  public:
+  /// `cluster`: CTAs of a cluster.
   Launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
-         Overlap overlap = Overlap::kNone)
+         Overlap overlap = Overlap::kNone, dim3 cluster = dim3(1))
       : name_(name) {
     config_.gridDim = grid;
     config_.blockDim = block;
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
-    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes_[0].val.programmaticStreamSerializationAllowed = overlap == Overlap::kWithPrevious ? 1 : 0;
-    attributes_[1].id = cudaLaunchAttributeCooperative;
-    attributes_[1].val.cooperative = 1;
+    add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed =
+        overlap == Overlap::kWithPrevious ? 1 : 0;
+    if (cluster.x * cluster.y * cluster.z > 1) {
+      add(cudaLaunchAttributeClusterDimension).clusterDim = {cluster.x, cluster.y, cluster.z};
+    }
     config_.attrs = attributes_;
-    config_.numAttrs = 1;
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
@@ -46,7 +47,7 @@ class Launch {
   /// nothing launched, where the stream's SMs do not hold them.
   template <class... Parameters>
   bool all_resident(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) {
-    config_.numAttrs = 2;
+    add(cudaLaunchAttributeCooperative).cooperative = 1;
     const cudaError_t status = launch(kernel, arguments...);
     if (status == cudaErrorCooperativeLaunchTooLarge) {
       (void)cudaGetLastError();
@@ -56,7 +57,20 @@ class Launch {
     return true;
   }
 
+  /// How many of its clusters run at once on the current device.
+  int max_active_clusters(const void* kernel) const {
+    int count = 0;
+    check(cudaOccupancyMaxActiveClusters(&count, kernel, &config_), "cudaOccupancyMaxActiveClusters");
+    return count;
+  }
+
  private:
+  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+    attribute.id = id;
+    return attribute.val;
+  }
+
   template <class... Parameters>
   cudaError_t launch(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) const {
     void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
@@ -65,7 +79,7 @@ class Launch {
 
   const char* name_;
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute attributes_[2]{};
+  cudaLaunchAttribute attributes_[3]{};
 };
 
 /// Lets a kernel have more dynamic shared memory than by default, on each device that it is launched on.

@@ -11,6 +11,9 @@
 
 namespace flash_mla::sm90 {
 
+/// CTAs of a cluster that work a request: what every GPU can place, and a chunk of O for each.
+constexpr int kMaxClusterSize = 8;
+
 /// Flags of a part for each tile of query rows and each KV head: see combine.cuh.
 constexpr int kFlagsPerPart = 3;
 
@@ -47,6 +50,9 @@ struct DenseDecodeParams {
   /// Whether several tiles of a large batch read the same KV. The next grid then does not start while this one ends: it
   /// would be placed on SMs as they come free, which scatters the CTAs of one KV and cost 3 %.
   bool shares_kv;
+
+  /// CTAs that work a request and a tile together, as a cluster, without a plan; 0: there is a plan.
+  int cluster_size;
 
   const scheduler::Part* parts;  // (num_parts,), or null: scheduler::WarpPlan
   int num_parts;

@@ -17,29 +17,63 @@
 
 namespace flash_mla::sm90 {
 
-/// Merges what the two consumers have of a piece, and writes it: consumer w the chunks 4 w to 4 w + 3 of O. The other's
-/// part of them comes through the memory of Q, two chunks at a time.
-template <class Traits>
+/// Merges what the two consumers have of a piece, and writes it: consumer w the chunks 4 w to 4 w + 3 of O, its own
+/// ones. The other's part of them comes through the memory of Q, two chunks at a time.
+template <class Traits, int kStagedChunks = 2>
 class NarrowEpilogue {
   using Element = typename Traits::Element;
   using Consumer = NarrowConsumer<Traits>;
 
  public:
+  static constexpr int kStagingBytes =
+      Traits::kNumConsumers * kStagedChunks * Traits::kBlockN * Traits::kRows * sizeof(float);
+
+  /// `staging`: kStagingBytes of shared memory that are free once both consumers have met.
   __device__ NarrowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const Piece& piece,
-                            const QueryTile& tile, int head_k, int warpgroup)
-      : params_(params), shared_(shared), piece_(piece), tile_(tile), head_k_(head_k), warpgroup_(warpgroup) {}
+                            const QueryTile& tile, int head_k, int warpgroup, std::uint32_t staging)
+      : params_(params),
+        shared_(shared),
+        piece_(piece),
+        tile_(tile),
+        head_k_(head_k),
+        warpgroup_(warpgroup),
+        staging_(staging) {}
 
   __device__ __forceinline__ void write(Consumer& consumer) const {
-    if (has_blocks()) {
-      merge(consumer);
-    } else {
-      if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
-      consumer.meet_other();
-    }
+    merge(consumer);
     if (piece_.is_whole) {
       write_final(consumer);
     } else {
       write_partial(consumer);
+    }
+  }
+
+  /// Brings both consumers' part of the own chunks together in registers, and the rows into shared memory.
+  __device__ __forceinline__ void merge(Consumer& consumer) const {
+    if (!has_blocks()) {
+      if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
+      consumer.meet_other();
+      return;
+    }
+    if (warpgroup_ == 1) swap_halves(consumer.o);
+    give_sums(consumer);
+    consumer.meet_other();                // and nobody reads Q any more
+    float own[Traits::kRowsPerThread];    // what this consumer's O is multiplied with
+    float other[Traits::kRowsPerThread];  // and the other's
+#pragma unroll
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+      const float other_max = shared_.row_max[1 - warpgroup_][Consumer::row_at(k)];
+      const float max = fmaxf(consumer.row_max[k], other_max);
+      own[k] = ptx::exp2_approx((consumer.row_max[k] - max) * params_.softmax_scale_log2);
+      other[k] = ptx::exp2_approx((other_max - max) * params_.softmax_scale_log2);
+    }
+#pragma unroll
+    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
+      if (first > 0) consumer.meet_other();  // read, before it is written again
+      give(consumer, first);
+      if (first == 0 && threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
+      consumer.meet_other();
+      take(consumer, first, own, other);
     }
   }
 
@@ -53,12 +87,7 @@ class NarrowEpilogue {
   }
 
  private:
-  static constexpr int kStagedChunks = 2;
   static constexpr int kVectorsPerChunk = Traits::kAccumulators / 4;
-  static_assert(Traits::kNumConsumers * kStagedChunks * Traits::kBlockN * Traits::kRows * sizeof(float) <=
-                    Traits::kNumChunks * Traits::kQChunkBytes,
-                "Q's memory holds what is staged");
-
   /// A thread stores to one of each 8 rows, that of its lane / 4: 8 columns and 8 rows at a time are transposed, so
   /// that it stores two columns of a row.
   __device__ __forceinline__ void write_final(const Consumer& consumer) const {
@@ -66,7 +95,7 @@ class NarrowEpilogue {
     float inverse[Traits::kRowsPerThread];
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      inverse[k] = inverse_sum(shared_.total_sum[Consumer::row_at(k)]);
+      inverse[k] = inverse_sum(shared_.total.sum[Consumer::row_at(k)]);
     }
     const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
                              static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + threadIdx.x % 4 * 2;
@@ -79,8 +108,8 @@ class NarrowEpilogue {
 #pragma unroll
         for (int i = 4 * group; i < 4 * group + 4; i += 2) {
           const auto& o = consumer.o[chunk];
-          const std::uint32_t values = ptx::transpose_matrix(
-              pack<Element>(o[i] * inverse[2 * group], o[i + 1] * inverse[2 * group + 1]));
+          const std::uint32_t values =
+              ptx::transpose_matrix(pack<Element>(o[i] * inverse[2 * group], o[i + 1] * inverse[2 * group + 1]));
           Element* const to = row + chunk * Traits::kChunkColumns + i / 2 % 2 * 8;
           if (at.is_valid) *reinterpret_cast<std::uint32_t*>(to) = values;
         }
@@ -109,38 +138,14 @@ class NarrowEpilogue {
       }
       if (threadIdx.x % 32 < 4) {
         const int row = Consumer::row_at(2 * pair);
-        slot.write_rows(row / 2, {shared_.total_max[row], shared_.total_max[row + 1]},
-                        {shared_.total_sum[row], shared_.total_sum[row + 1]}, {scale[0].scale, scale[1].scale});
+        slot.write_rows(row / 2, {shared_.total.max[row], shared_.total.max[row + 1]},
+                        {shared_.total.sum[row], shared_.total.sum[row + 1]}, {scale[0].scale, scale[1].scale});
       }
     }
   }
 
   __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
   __device__ bool has_blocks() const { return piece_.begin_block < piece_.end_block; }
-
-  /// Brings both consumers' part of the own chunks together, and finds the rows' maxima and sums.
-  __device__ __forceinline__ void merge(Consumer& consumer) const {
-    if (warpgroup_ == 1) swap_halves(consumer.o);
-    give_sums(consumer);
-    consumer.meet_other();  // and nobody reads Q any more
-    float own[Traits::kRowsPerThread];    // what this consumer's O is multiplied with
-    float other[Traits::kRowsPerThread];  // and the other's
-#pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const float other_max = shared_.row_max[1 - warpgroup_][Consumer::row_at(k)];
-      const float max = fmaxf(consumer.row_max[k], other_max);
-      own[k] = ptx::exp2_approx((consumer.row_max[k] - max) * params_.softmax_scale_log2);
-      other[k] = ptx::exp2_approx((other_max - max) * params_.softmax_scale_log2);
-    }
-#pragma unroll
-    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
-      if (first > 0) consumer.meet_other();  // read, before it is written again
-      give(consumer, first);
-      if (first == 0 && threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
-      consumer.meet_other();
-      take(consumer, first, own, other);
-    }
-  }
 
   __device__ __forceinline__ void give_sums(const Consumer& consumer) const {
     const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
@@ -168,8 +173,8 @@ class NarrowEpilogue {
         sum += part * ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
       }
     }
-    shared_.total_max[row] = max * params_.softmax_scale_log2;
-    shared_.total_sum[row] = sum;
+    shared_.total.max[row] = max * params_.softmax_scale_log2;
+    shared_.total.sum[row] = sum;
     if (piece_.is_whole) {
       const RowCoordinate at = coordinate(row);
       if (at.is_valid) {
@@ -198,8 +203,8 @@ class NarrowEpilogue {
       const auto& given = consumer.o[Traits::kOwnChunks + first + j];
 #pragma unroll
       for (int v = 0; v < kVectorsPerChunk; ++v) {
-        ptx::store_shared_v4(staged(1 - warpgroup_, j, v), {given[4 * v], given[4 * v + 1], given[4 * v + 2],
-                                                            given[4 * v + 3]});
+        ptx::store_shared_v4(staged(1 - warpgroup_, j, v),
+                             {given[4 * v], given[4 * v + 1], given[4 * v + 2], given[4 * v + 3]});
       }
     }
   }
@@ -224,8 +229,8 @@ class NarrowEpilogue {
   /// Where a thread's vector of a chunk that `warpgroup` takes lies.
   __device__ std::uint32_t staged(int warpgroup, int chunk, int vector) const {
     const int idx = (warpgroup * kStagedChunks + chunk) * kVectorsPerChunk + vector;
-    return ptx::shared_address(shared_.q) + (idx * Traits::kWarpgroupThreads + threadIdx.x % Traits::kWarpgroupThreads) *
-                                                static_cast<int>(sizeof(float4));
+    return staging_ + (idx * Traits::kWarpgroupThreads + threadIdx.x % Traits::kWarpgroupThreads) *
+                          static_cast<int>(sizeof(float4));
   }
 
   const DenseDecodeParams& params_;
@@ -234,6 +239,7 @@ class NarrowEpilogue {
   const QueryTile& tile_;
   const int head_k_;
   const int warpgroup_;
+  const std::uint32_t staging_;
 };
 
 }  // namespace flash_mla::sm90

@@ -43,6 +43,13 @@ struct NarrowTraits : TileTraits<Element> {
   static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
 };
 
+/// A tile's rows after a piece: maxima, times softmax_scale_log2, and sums of exp2(score - maximum).
+template <class Traits>
+struct alignas(16) PieceRows {
+  float max[Traits::kRows];
+  float sum[Traits::kRows];
+};
+
 template <class Traits>
 struct alignas(1024) NarrowStorage {
   /// The memory of Q, P and KV, where split requests are merged in the end.
@@ -55,8 +62,7 @@ struct alignas(1024) NarrowStorage {
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float row_max[Traits::kNumConsumers][Traits::kRows];
-  float total_max[Traits::kRows];
-  float total_sum[Traits::kRows];
+  PieceRows<Traits> total;
   PartPlan plan;
   MergeBarriers merge_barriers;
   std::uint64_t q_full;

@@ -1,0 +1,167 @@
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/dense_decode/epilogue.cuh"
+#include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode_narrow/mainloop.cuh"
+#include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/fragment.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/cluster.cuh"
+#include "sm90/ptx/math.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/shared.cuh"
+
+namespace flash_mla::sm90 {
+
+/// Where the CTAs of a cluster leave their pieces for the one that merges some chunks of O.
+template <class Traits>
+struct ClusterStorage : NarrowStorage<Traits> {
+  float4 values[Traits::kRows * kHeadDimV / 4];
+  float2 rows[Traits::kRows][kMaxClusterSize];    // maxima and sums of each piece
+  float weights[kMaxClusterSize][Traits::kRows];  // what its values are multiplied with
+  std::uint64_t staged;         // an mbarrier for an arrival by each consumer thread: the own piece can be given
+  std::uint64_t rows_received;  // ones for one arrival, with the bytes of all pieces
+  std::uint64_t values_received;
+
+  __device__ void init_cluster_barriers() {
+    ptx::mbarrier_init(ptx::shared_address(&staged), Traits::kConsumerThreads);
+    ptx::mbarrier_init(ptx::shared_address(&rows_received), 1);
+    ptx::mbarrier_init(ptx::shared_address(&values_received), 1);
+  }
+};
+
+/// Merges the pieces of a request whose CTAs are a cluster. Each CTA merges some chunks of O: the others copy theirs
+/// into its shared memory, rows first, so that weights are there before the values.
+template <class Traits>
+class ClusterCombine {
+  using Element = typename Traits::Element;
+  using Consumer = NarrowConsumer<Traits>;
+  static constexpr int kVectorsPerChunk = Traits::kAccumulators / 4;
+  static constexpr int kChunkVectors = kVectorsPerChunk * Traits::kWarpgroupThreads;
+  static_assert(kChunkVectors == Traits::kConsumerThreads, "a thread has the same rows of each chunk");
+
+ public:
+  /// The memory of KV, of which all blocks are done: what consumers of a CTA exchange, then what goes to other CTAs.
+  static constexpr int kExchangeBytes = Traits::kRows * kHeadDimV * sizeof(float);
+  static_assert(2 * kExchangeBytes <= Traits::kNumSlots * Traits::kChunkBytes, "KV's memory holds both");
+
+  __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared)
+      : params_(params),
+        shared_(shared),
+        size_(params.cluster_size),
+        chunks_(Traits::kNumVChunks / params.cluster_size) {}
+
+  /// Gives each CTA of the cluster its chunks. By the warps of the producers, numbered from the first, when all CTAs
+  /// have begun; each looks after some CTAs, as a warp issues copies one after another.
+  __device__ __forceinline__ void give(int warp) const {
+    const int to = warp + threadIdx.x % 32 * Traits::kWarpgroupWarps;
+    if (to >= size_) return;
+    const int rank = ptx::cta_rank_in_cluster();
+    const std::uint32_t received = ptx::shared_address(&shared_.values_received);
+    const int bytes = chunks_ * kChunkVectors * static_cast<int>(sizeof(float4));
+    if (to == rank) ptx::mbarrier_arrive_expect(received, size_ * bytes);
+    const std::uint32_t barrier = ptx::map_to_cta(received, to);
+    const std::uint32_t values = ptx::map_to_cta(ptx::shared_address(shared_.values) + rank * bytes, to);
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.staged), 0);
+    ptx::bulk_copy_to_cta(values, ptx::shared_address(shared_.kv) + kExchangeBytes + to * bytes, bytes, barrier);
+  }
+
+  /// Merges this CTA's chunks. By all consumer threads, with the piece's rows in shared memory and the own chunks in
+  /// registers.
+  __device__ __forceinline__ void run(Consumer& consumer, int warpgroup, int request, const QueryTile& tile,
+                                      int head_k) const {
+    ptx::cluster_wait();  // not for long: all CTAs have begun
+    stage(consumer, warpgroup);
+    give_rows();
+    const int vector = threadIdx.x / Traits::kWarpgroupThreads;
+    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
+    const int row = 8 * vector + thread % 4 * 2;
+    const FinalOutput<Element> output{params_, request};
+    const RowCoordinate at(params_, tile, head_k, 8 * vector + thread % 32 / 4);
+    Element* to = output.row(at) + ptx::cta_rank_in_cluster() * chunks_ * Traits::kChunkColumns + thread / 32 * 16 +
+                  thread % 4 * 2;
+    weigh(output, tile, head_k);
+    consumer.meet_other();  // weights are there
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.values_received), 0);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks_; ++chunk, to += Traits::kChunkColumns) {
+      float value[4] = {};
+#pragma unroll
+      for (int piece = 0; piece < kMaxClusterSize; ++piece) {
+        if (piece >= size_) break;
+        const float4 part = shared_.values[(piece * chunks_ + chunk) * kChunkVectors + threadIdx.x];
+        const float weight[2] = {shared_.weights[piece][row], shared_.weights[piece][row + 1]};
+        value[0] = fmaf(weight[0], part.x, value[0]);
+        value[1] = fmaf(weight[1], part.y, value[1]);
+        value[2] = fmaf(weight[0], part.z, value[2]);
+        value[3] = fmaf(weight[1], part.w, value[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const std::uint32_t two = ptx::transpose_matrix(pack<Element>(value[2 * j], value[2 * j + 1]));
+        if (at.is_valid) *reinterpret_cast<std::uint32_t*>(to + 8 * j) = two;
+      }
+    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();  // all have received everything, so nothing reads this CTA's memory any more
+  }
+
+ private:
+  __device__ __forceinline__ void stage(const Consumer& consumer, int warpgroup) const {
+    const std::uint32_t to = ptx::shared_address(shared_.kv) + kExchangeBytes;
+    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
+#pragma unroll
+    for (int j = 0; j < Traits::kOwnChunks; ++j) {
+#pragma unroll
+      for (int v = 0; v < kVectorsPerChunk; ++v) {
+        const float* const o = &consumer.o[j][4 * v];
+        const int idx = (warpgroup * Traits::kOwnChunks + j) * kChunkVectors + v * Traits::kWarpgroupThreads + thread;
+        ptx::store_shared_v4(to + idx * static_cast<int>(sizeof(float4)), {o[0], o[1], o[2], o[3]});
+      }
+    }
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.staged));
+  }
+
+  /// A thread gives a row to a CTA.
+  __device__ __forceinline__ void give_rows() const {
+    const std::uint32_t received = ptx::shared_address(&shared_.rows_received);
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, size_ * Traits::kRows * sizeof(float2));
+    const int to = threadIdx.x / Traits::kRows;
+    const int row = threadIdx.x % Traits::kRows;
+    if (to >= size_) return;
+    const std::uint32_t address = ptx::shared_address(&shared_.rows[row][ptx::cta_rank_in_cluster()]);
+    ptx::store_to_cta(ptx::map_to_cta(address, to), {shared_.total.max[row], shared_.total.sum[row]},
+                      ptx::map_to_cta(received, to));
+  }
+
+  /// Waits for the rows, and finds what each piece's values are multiplied with. A lane for each piece, and two rows a
+  /// warp. The first CTA writes log-sum-exp.
+  __device__ __forceinline__ void weigh(const FinalOutput<Element>& output, const QueryTile& tile, int head_k) const {
+    static_assert(Traits::kRows == 2 * Traits::kConsumerWarps, "two rows a warp");
+    const int piece = threadIdx.x % kMaxClusterSize;
+    const int row = threadIdx.x / 32 * 2 + threadIdx.x / kMaxClusterSize % 2;
+    const RowCoordinate at(params_, tile, head_k, row);
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_received), 0);
+    const float2 own = piece < size_ ? shared_.rows[row][piece] : make_float2(kNoMax, 0.0F);
+    float max = own.x;
+#pragma unroll
+    for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
+    const float factor = ptx::exp2_approx(own.x - max);
+    float total = factor * own.y;
+#pragma unroll
+    for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
+    if (threadIdx.x % 32 / kMaxClusterSize >= 2) return;  // others have the row
+    shared_.weights[piece][row] = factor * inverse_sum(total);
+    if (ptx::cta_rank_in_cluster() == 0 && piece == 0 && at.is_valid) output.write_lse(at, max, total);
+  }
+
+  const DenseDecodeParams& params_;
+  ClusterStorage<Traits>& shared_;
+  const int size_;
+  const int chunks_;  // that a CTA merges
+};
+
+}  // namespace flash_mla::sm90

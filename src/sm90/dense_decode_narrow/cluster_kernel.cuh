@@ -1,0 +1,84 @@
+#pragma once
+
+#include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/part_plan.cuh"
+#include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode_narrow/cluster_combine.cuh"
+#include "sm90/dense_decode_narrow/epilogue.cuh"
+#include "sm90/dense_decode_narrow/kernel.cuh"
+#include "sm90/dense_decode_narrow/mainloop.cuh"
+#include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/cluster.cuh"
+#include "sm90/ptx/grid.cuh"
+#include "sm90/ptx/registers.cuh"
+#include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/tma.cuh"
+
+namespace flash_mla::sm90 {
+
+/// The share of a request's blocks that a CTA of its cluster works.
+__device__ __forceinline__ void plan_cluster(const DenseDecodeParams& params, int cta, scheduler::Part& part) {
+  const int size = params.cluster_size;
+  const int request = cta / size;
+  const int rank = cta % size;
+  const auto blocks = static_cast<int>(scheduler::num_blocks(min(params.cache_seqlens[request], params.max_seqlen_k)));
+  part = {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
+}
+
+/// Decodes short requests, the CTAs of each and of a tile a cluster: nothing is planned, and pieces are merged within
+/// the cluster's shared memory. Grid: (tiles of query rows, KV heads, requests * params.cluster_size). Otherwise as
+/// decode_kernel.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kNumThreads, 1)
+    cluster_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
+  using Kernel = NarrowDecodeKernel<Traits>;
+  extern __shared__ unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<ClusterStorage<Traits>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
+  const int warp = threadIdx.x / 32;
+  const int head_k = blockIdx.y;
+  const QueryTile tile(params.tiling, blockIdx.x);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&params.q_map);
+    ptx::prefetch_tensor_map(&params.k_cache_map);
+    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+    shared.init_cluster_barriers();
+  }
+  if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
+  __syncwarp();
+  ptx::cluster_arrive();
+  ptx::wait_for_previous_grids();
+  ptx::launch_dependents();
+  if (warp == Traits::kConsumerWarps) {
+    prefetch_tables(params);
+    if (threadIdx.x % 32 == 0) plan_cluster(params, ptx::cta_z(), shared.plan.part);
+  }
+  __syncthreads();
+  if (warpgroup == Traits::kNumConsumers) {
+    ptx::decrease_registers<Traits::kProducerRegisters>();
+    Kernel::produce(params, shared, tile, head_k, CtaRole(params), warp - Traits::kConsumerWarps);
+    __syncwarp();
+    ptx::cluster_wait();
+    ClusterCombine<Traits>(params, shared).give(warp - Traits::kConsumerWarps);
+  } else {
+    ptx::increase_registers<Traits::kConsumerRegisters>();
+    NarrowConsumer<Traits> consumer(params, shared, warpgroup);
+    Piece piece;
+    PieceWalk(params, shared.plan.part, 0).next(piece);
+    consumer.reset();
+    if (piece.begin_block < piece.end_block) {
+      const RowCoordinate first_row(params, tile, head_k, 0);
+      consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
+    }
+    using Epilogue = NarrowEpilogue<Traits, Traits::kOwnChunks>;
+    using Combine = ClusterCombine<Traits>;
+    static_assert(Epilogue::kStagingBytes <= Combine::kExchangeBytes, "what consumers exchange");
+    const Epilogue epilogue(params, shared, piece, tile, head_k, warpgroup, ptx::shared_address(shared.kv));
+    epilogue.merge(consumer);
+    Combine(params, shared).run(consumer, warpgroup, piece.request, tile, head_k);
+  }
+}
+
+}  // namespace flash_mla::sm90
