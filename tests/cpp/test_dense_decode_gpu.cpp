@@ -48,30 +48,32 @@ class DenseDecodeGpu : public testing::Test {
   }
 };
 
+// With and without whole blocks, and none; the longest is split over many parts.
+const std::vector<std::int32_t> kSeqlens{2500, 0, 64, 1, 777};
+constexpr int kMaxTokens = 2560;
+
 /// Extents of a decode.
 struct Extents {
   int num_heads_q;
   int seqlen_q;
   int page_size;
   bool causal;
+  int max_tokens = kMaxTokens;  // that the block table has room for: longer requests are cut
 };
-
-// With and without whole blocks, and none; the longest is split over many parts.
-const std::vector<std::int32_t> kSeqlens{2500, 0, 64, 1, 777};
-constexpr int kMaxTokens = 2560;
 
 std::string name_of(const testing::TestParamInfo<Extents>& info) {
   const Extents& e = info.param;
   return std::to_string(e.num_heads_q) + "_heads_" + std::to_string(e.seqlen_q) + "_queries_pages_of_" +
-         std::to_string(e.page_size) + (e.causal ? "_causal" : "");
+         std::to_string(e.page_size) + (e.causal ? "_causal" : "") +
+         (e.max_tokens < kMaxTokens ? "_up_to_" + std::to_string(e.max_tokens) : "");
 }
 
 struct HostCase {
   explicit HostCase(const Extents& e)
       : extents(e),
         q(random_bfloat16(kSeqlens.size() * e.seqlen_q * e.num_heads_q * kHeadDimQk, 1)),
-        k_cache(random_bfloat16(kSeqlens.size() * kMaxTokens * kHeadDimQk, 2)),
-        block_table(kSeqlens.size() * kMaxTokens / e.page_size),
+        k_cache(random_bfloat16(kSeqlens.size() * e.max_tokens * kHeadDimQk, 2)),
+        block_table(kSeqlens.size() * e.max_tokens / e.page_size),
         out(kSeqlens.size() * e.seqlen_q * e.num_heads_q * kHeadDimV, 0x7fc0),  // NaN
         lse(kSeqlens.size() * e.seqlen_q * e.num_heads_q, NAN) {
     for (std::size_t i = 0; i < block_table.size(); ++i) {
@@ -90,7 +92,7 @@ DenseDecodeArguments make_arguments(const Extents& e, Device device, std::uint16
                                     std::int32_t* block_table, std::int32_t* cache_seqlens, std::uint16_t* out,
                                     float* lse) {
   const auto batch = static_cast<std::int64_t>(kSeqlens.size());
-  const int max_pages = kMaxTokens / e.page_size;
+  const int max_pages = e.max_tokens / e.page_size;
   DenseDecodeArguments args;
   args.q = make_tensor(q, DType::kBFloat16, device, batch, e.seqlen_q, e.num_heads_q, kHeadDimQk);
   args.k_cache = make_tensor(k_cache, DType::kBFloat16, device, batch * max_pages, e.page_size, 1, kHeadDimQk);
@@ -158,6 +160,13 @@ TEST_P(DenseDecodeGpuGrid, AgreesWithTheCpu) {
 INSTANTIATE_TEST_SUITE_P(Extents, DenseDecodeGpuGrid,
                          testing::Values(Extents{1, 1, 64, false}, Extents{16, 2, 64, true}, Extents{63, 1, 128, false},
                                          Extents{128, 1, 64, false}, Extents{9, 9, 16, true}),
+                         name_of);
+
+// Where clusters of 8, 4, 2 and 1 CTAs work a request each.
+INSTANTIATE_TEST_SUITE_P(ShortExtents, DenseDecodeGpuGrid,
+                         testing::Values(Extents{16, 1, 64, false, 1024}, Extents{9, 9, 64, true, 960},
+                                         Extents{20, 2, 16, true, 512}, Extents{63, 1, 128, false, 256},
+                                         Extents{128, 1, 64, false, 128}),
                          name_of);
 
 TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {

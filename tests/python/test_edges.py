@@ -51,6 +51,24 @@ def test_a_request_alone(device: Device, num_heads: tuple[int, int], seqlen_q: i
     check(make_case(spec, device))
 
 
+@pytest.mark.parametrize("num_heads", [(1, 1), (16, 1), (40, 1), (128, 1), (32, 2)])
+@pytest.mark.parametrize("seqlen_q", [1, 2])
+@pytest.mark.parametrize("capacity", [64, 128, 200, 512, 1024])
+def test_short_requests(device: Device, num_heads: tuple[int, int], seqlen_q: int, capacity: int) -> None:
+    """Where the block table has few columns, clusters of CTAs take a request each, if all of them run at once."""
+    heads_q, heads_k = num_heads
+    lengths = (capacity, 0, 1, capacity - 1, capacity // 2 + 1, 0, capacity // 3)
+    for some in (lengths[:2], lengths):
+        spec = Spec(some, seqlen_q, heads_q, heads_k, causal=seqlen_q > 1, rising=20.0, spare_columns=0, seed=len(some))
+        check(make_case(spec, device))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 32, 128, 256])
+def test_page_sizes_of_short_requests(device: Device, page_size: int) -> None:
+    for dtype in ("bfloat16", "float16"):
+        check(make_case(Spec((900, 77), 2, num_heads_q=5, page_size=page_size, dtype=dtype, spare_columns=0), device))
+
+
 def test_no_query_tokens(device: Device) -> None:
     out, lse = decode(make_case(Spec((70, 0), seqlen_q=0), device))
     assert tuple(out.shape) == (2, 0, 16, 512)

@@ -16,27 +16,28 @@ pytestmark = pytest.mark.gpu
 
 Results = tuple[Any, Any]
 SPEC = Spec((500, 0, 1000, 3, 64, 65, 700, 1), 2, num_heads_q=16, causal=True)
-CAPACITY = 2000  # tokens that every request's block table row has pages for
+CAPACITIES = (2000, 320)  # tokens that every request's block table row has pages for
 REPLAYS = 8
 
 
-@pytest.fixture
-def case(torch: Any) -> Case:
-    """A case whose lengths may change up to CAPACITY: no cell of its cache is dead."""
-    full = make_case(Spec((CAPACITY,) * SPEC.batch_size, SPEC.seqlen_q, SPEC.num_heads_q, causal=True), "cuda")
+@pytest.fixture(params=CAPACITIES)
+def case(torch: Any, request: pytest.FixtureRequest) -> Case:
+    """A case whose lengths may change up to a capacity: no cell of its cache is dead."""
+    full = make_case(Spec((request.param,) * SPEC.batch_size, SPEC.seqlen_q, SPEC.num_heads_q, causal=True), "cuda")
     full.k_cache.nan_to_num_(nan=0.1)
-    full.cache_seqlens.copy_(torch.tensor(SPEC.lengths))
+    full.cache_seqlens.copy_(torch.tensor(SPEC.lengths).clamp(max=request.param))
     return full
 
 
 def change(torch: Any, case: Case, step: int) -> None:
     """New lengths and a new order of the pages, in the same arrays."""
     rng = np.random.default_rng(step)
-    lengths = rng.integers(0, CAPACITY + 1, SPEC.batch_size) * (rng.random(SPEC.batch_size) < 0.8)
+    capacity = case.spec.lengths[0]
+    lengths = rng.integers(0, capacity + 1, SPEC.batch_size) * (rng.random(SPEC.batch_size) < 0.8)
     if step == 1:
         lengths[:] = 0
     case.cache_seqlens.copy_(torch.from_numpy(lengths.astype(np.int32)))
-    used = -(-CAPACITY // SPEC.page_size)
+    used = -(-capacity // SPEC.page_size)
     pages = torch.from_numpy(rng.permutation(case.k_cache.shape[0])[:used].astype(np.int32))
     case.block_table[step % SPEC.batch_size, :used] = pages.cuda()
 
