@@ -82,10 +82,9 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
   prefetch_tables(params);
   if (params.parts == nullptr && params.batch_size == 1) {
     const std::int32_t seqlen = min(*params.cache_seqlens, params.max_seqlen_k);
-    const std::int32_t pieces =
-        seqlen <= scheduler::SmallPlan::kMaxSeqlen
-            ? scheduler::SmallPlan::make_alone(seqlen, params.num_parts, part_idx, part)
-            : scheduler::SplitPlan::write_alone(part, seqlen, part_idx, params.num_parts);
+    const std::int32_t pieces = seqlen <= scheduler::SmallPlan::kMaxSeqlen
+                                    ? scheduler::SmallPlan::make_alone(seqlen, params.num_parts, part_idx, part)
+                                    : scheduler::SplitPlan::write_alone(part, seqlen, part_idx, params.num_parts);
     const int slices = num_slices_of_lone(params, pieces);
     if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
   } else if (params.parts == nullptr) {
