@@ -79,7 +79,7 @@ std::optional<Work> divide_by_clusters(const DenseDecodeShape& shape) {
   constexpr int kBlocksPerCta = 2;
   const std::int64_t max_blocks = (max_seqlen_k(shape) + scheduler::kBlockN - 1) / scheduler::kBlockN;
   if (max_blocks > kBlocksPerCta * sm90::kMaxClusterSize) return std::nullopt;
-  int size = 1;
+  int size = sm90::kMinClusterSize;
   while (kBlocksPerCta * size < max_blocks) size *= 2;
   const sm90::QueryTiling tiling = make_tiling(shape, sm90::kMinTileRows);
   const std::int64_t clusters = shape.batch_size * tiling.num_tiles * shape.num_heads_k;
@@ -210,10 +210,11 @@ void check_workspace(const Workspace& needed, const void* workspace, std::size_t
 void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& shape, void* workspace,
                       std::size_t workspace_bytes, CUstream_st* stream) {
   const cuda::DeviceGuard guard(args.q.device.index);
-  const Work planned = divide_work(args, shape);
-  const Workspace layout = lay_out_workspace(shape, planned);
+  // What sizes tell; whether clusters serve, which need none of it, only the device knows.
+  const Work by_plan = divide_work(args, shape);
+  const Workspace layout = lay_out_workspace(shape, by_plan);
   check_workspace(layout, workspace, workspace_bytes);
-  const Work work = divide_by_clusters(shape).value_or(planned);
+  const Work work = divide_by_clusters(shape).value_or(by_plan);
   auto* const bytes = static_cast<unsigned char*>(workspace);
 
   sm90::DenseDecodeParams params = make_params(args, shape, work);

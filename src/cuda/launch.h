@@ -46,7 +46,7 @@ class Launch {
   /// A cooperative launch: all CTAs are resident at the same time, so that they may wait for each other. False, and
   /// nothing launched, where the stream's SMs do not hold them.
   template <class... Parameters>
-  bool all_resident(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) {
+  bool all_resident(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) && {
     add(cudaLaunchAttributeCooperative).cooperative = 1;
     const cudaError_t status = launch(kernel, arguments...);
     if (status == cudaErrorCooperativeLaunchTooLarge) {
@@ -57,11 +57,12 @@ class Launch {
     return true;
   }
 
-  /// How many of its clusters run at once on the current device.
+  /// How many of its clusters run at once on the current device. 0 where CUDA can't say.
   int max_active_clusters(const void* kernel) const {
     int count = 0;
-    check(cudaOccupancyMaxActiveClusters(&count, kernel, &config_), "cudaOccupancyMaxActiveClusters");
-    return count;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config_) == cudaSuccess) return count;
+    (void)cudaGetLastError();
+    return 0;
   }
 
  private:

@@ -122,7 +122,9 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanArguments
   if (part >= args.num_parts) return;
   std::int32_t unused;
   Part row;
-  if (!SmallPlan::make(args.cache_seqlens, args.batch_size, args.num_parts, part, row, unused)) {
+  if (args.batch_size == 1 && args.cache_seqlens[0] <= SmallPlan::kMaxSeqlen) {
+    SmallPlan::make_alone(args.cache_seqlens[0], args.num_parts, part, row);
+  } else if (!SmallPlan::make(args.cache_seqlens, args.batch_size, args.num_parts, part, row, unused)) {
     row = plan.row(part, unused);
   }
   if (threadIdx.x % 32 == 0) args.parts[part] = row;

@@ -11,7 +11,8 @@ namespace flash_mla::scheduler {
 /// is fetched anew in each launch. What WarpPlan would give.
 class SmallPlan {
  public:
-  /// Larger lengths are WarpPlan's: with these, quotients of floats are off by one at most.
+  /// Larger lengths are WarpPlan's, and SplitPlan's for a request that is alone: with these, quotients of floats are
+  /// off by one at most.
   static constexpr std::int32_t kMaxSeqlen = 1 << 20;
 
   /// Writes the row of a part, and if it continues a request, the number of that one's pieces. False where the batch is

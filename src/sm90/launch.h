@@ -10,7 +10,7 @@ namespace flash_mla::sm90 {
 /// Launches the decode kernel that fits the tiles on `stream` of the current device.
 void launch_dense_decode(const DenseDecodeParams& params, DType dtype, CUstream_st* stream);
 
-/// How many clusters of 1, 2, 4 or 8 CTAs (DenseDecodeParams::cluster_size) run at once on the current device.
+/// How many clusters of 2, 4 or 8 CTAs (DenseDecodeParams::cluster_size) run at once on the current device.
 int max_active_clusters(int cluster_size);
 
 // By dtype, one file each. The narrow kernels take tiles of up to kMaxNarrowRows query rows.

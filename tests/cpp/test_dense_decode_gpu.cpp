@@ -162,7 +162,7 @@ INSTANTIATE_TEST_SUITE_P(Extents, DenseDecodeGpuGrid,
                                          Extents{128, 1, 64, false}, Extents{9, 9, 16, true}),
                          name_of);
 
-// Where clusters of 8, 4, 2 and 1 CTAs work a request each.
+// Where clusters of 8, 4 and 2 CTAs work a request each.
 INSTANTIATE_TEST_SUITE_P(ShortExtents, DenseDecodeGpuGrid,
                          testing::Values(Extents{16, 1, 64, false, 1024}, Extents{9, 9, 64, true, 960},
                                          Extents{20, 2, 16, true, 512}, Extents{63, 1, 128, false, 256},

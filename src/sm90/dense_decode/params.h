@@ -11,7 +11,8 @@
 
 namespace flash_mla::sm90 {
 
-/// CTAs of a cluster that work a request: what every GPU can place, and a chunk of O for each.
+/// CTAs of a cluster that work a request: powers of 2, up to what every GPU can place and a chunk of O for each.
+constexpr int kMinClusterSize = 2;
 constexpr int kMaxClusterSize = 8;
 
 /// Flags of a part for each tile of query rows and each KV head: see combine.cuh.
@@ -54,7 +55,7 @@ struct DenseDecodeParams {
   /// CTAs that work a request and a tile together, as a cluster, without a plan; 0: there is a plan.
   int cluster_size;
 
-  const scheduler::Part* parts;  // (num_parts,), or null: scheduler::WarpPlan
+  const scheduler::Part* parts;  // (num_parts,), or null: planned in the kernel, or nothing to plan
   int num_parts;
 
   float softmax_scale;

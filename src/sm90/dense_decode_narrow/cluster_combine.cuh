@@ -22,7 +22,7 @@ struct ClusterStorage : NarrowStorage<Traits> {
   float2 rows[Traits::kRows][kMaxClusterSize];    // maxima and sums of each piece
   float weights[kMaxClusterSize][Traits::kRows];  // what its values are multiplied with
   std::uint64_t staged;         // an mbarrier for an arrival by each consumer thread: the own piece can be given
-  std::uint64_t rows_received;  // ones for one arrival, with the bytes of all pieces
+  std::uint64_t rows_received;  // ones for one arrival, with the bytes of all other pieces
   std::uint64_t values_received;
 
   __device__ void init_cluster_barriers() {
@@ -61,7 +61,10 @@ class ClusterCombine {
     const int rank = ptx::cta_rank_in_cluster();
     const std::uint32_t received = ptx::shared_address(&shared_.values_received);
     const int bytes = chunks_ * kChunkVectors * static_cast<int>(sizeof(float4));
-    if (to == rank) ptx::mbarrier_arrive_expect(received, size_ * bytes);
+    if (to == rank) {
+      ptx::mbarrier_arrive_expect(received, (size_ - 1) * bytes);
+      return;
+    }
     const std::uint32_t barrier = ptx::map_to_cta(received, to);
     const std::uint32_t values = ptx::map_to_cta(ptx::shared_address(shared_.values) + rank * bytes, to);
     ptx::mbarrier_wait(ptx::shared_address(&shared_.staged), 0);
@@ -80,10 +83,12 @@ class ClusterCombine {
     const int row = 8 * vector + thread % 4 * 2;
     const FinalOutput<Element> output{params_, request};
     const RowCoordinate at(params_, tile, head_k, 8 * vector + thread % 32 / 4);
-    Element* to = output.row(at) + ptx::cta_rank_in_cluster() * chunks_ * Traits::kChunkColumns + thread / 32 * 16 +
-                  thread % 4 * 2;
+    const int rank = ptx::cta_rank_in_cluster();
+    const auto* const own =
+        reinterpret_cast<const float4*>(shared_.kv[0] + kExchangeBytes) + rank * chunks_ * kChunkVectors;
+    Element* to = output.row(at) + rank * chunks_ * Traits::kChunkColumns + thread / 32 * 16 + thread % 4 * 2;
     weigh(output, tile, head_k);
-    consumer.meet_other();  // weights are there
+    consumer.meet_other();  // weights are there, and what this CTA merges of its own piece
     ptx::mbarrier_wait(ptx::shared_address(&shared_.values_received), 0);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks_; ++chunk, to += Traits::kChunkColumns) {
@@ -91,7 +96,8 @@ class ClusterCombine {
 #pragma unroll
       for (int piece = 0; piece < kMaxClusterSize; ++piece) {
         if (piece >= size_) break;
-        const float4 part = shared_.values[(piece * chunks_ + chunk) * kChunkVectors + threadIdx.x];
+        const float4* const from = piece == rank ? own : &shared_.values[piece * chunks_ * kChunkVectors];
+        const float4 part = from[chunk * kChunkVectors + threadIdx.x];
         const float weight[2] = {shared_.weights[piece][row], shared_.weights[piece][row + 1]};
         value[0] = fmaf(weight[0], part.x, value[0]);
         value[1] = fmaf(weight[1], part.y, value[1]);
@@ -128,11 +134,12 @@ class ClusterCombine {
   /// A thread gives a row to a CTA.
   __device__ __forceinline__ void give_rows() const {
     const std::uint32_t received = ptx::shared_address(&shared_.rows_received);
-    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, size_ * Traits::kRows * sizeof(float2));
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, (size_ - 1) * Traits::kRows * sizeof(float2));
     const int to = threadIdx.x / Traits::kRows;
     const int row = threadIdx.x % Traits::kRows;
-    if (to >= size_) return;
-    const std::uint32_t address = ptx::shared_address(&shared_.rows[row][ptx::cta_rank_in_cluster()]);
+    const int rank = ptx::cta_rank_in_cluster();
+    if (to >= size_ || to == rank) return;
+    const std::uint32_t address = ptx::shared_address(&shared_.rows[row][rank]);
     ptx::store_to_cta(ptx::map_to_cta(address, to), {shared_.total.max[row], shared_.total.sum[row]},
                       ptx::map_to_cta(received, to));
   }
@@ -145,8 +152,13 @@ class ClusterCombine {
     const int row = threadIdx.x / 32 * 2 + threadIdx.x / kMaxClusterSize % 2;
     const RowCoordinate at(params_, tile, head_k, row);
     ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_received), 0);
-    const float2 own = piece < size_ ? shared_.rows[row][piece] : make_float2(kNoMax, 0.0F);
-    float max = own.x;
+    float2 own = {kNoMax, 0.0F};
+    if (piece == ptx::cta_rank_in_cluster()) {
+      own = {shared_.total.max[row], shared_.total.sum[row]};
+    } else if (piece < size_) {
+      own = shared_.rows[row][piece];
+    }
+    float max = fmaxf(own.x, kNoMax);  // an empty piece may have -inf, if the scale is huge
 #pragma unroll
     for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
     const float factor = ptx::exp2_approx(own.x - max);

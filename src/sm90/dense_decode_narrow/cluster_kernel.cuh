@@ -11,18 +11,24 @@
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/grid.cuh"
+#include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
 
 namespace flash_mla::sm90 {
 
-/// The share of a request's blocks that a CTA of its cluster works.
+/// The share of a request's blocks that a CTA of its cluster works. By one warp.
 __device__ __forceinline__ void plan_cluster(const DenseDecodeParams& params, int cta, scheduler::Part& part) {
   const int size = params.cluster_size;
   const int request = cta / size;
   const int rank = cta % size;
+  const int first_page = threadIdx.x % 32 * 32;  // of a line of the block table
+  if (first_page < params.max_seqlen_k >> params.page_size_log2) {
+    ptx::prefetch_l1(params.block_table + request * params.stride_block_table + first_page);
+  }
   const auto blocks = static_cast<int>(scheduler::num_blocks(min(params.cache_seqlens[request], params.max_seqlen_k)));
+  if (threadIdx.x % 32 != 0) return;
   part = {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
 }
 
@@ -48,13 +54,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   }
   if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
   __syncwarp();
-  ptx::cluster_arrive();
+  ptx::cluster_arrive();  // barriers are initialised, and visible to the cluster by fence_mbarrier_init
   ptx::wait_for_previous_grids();
   ptx::launch_dependents();
-  if (warp == Traits::kConsumerWarps) {
-    prefetch_tables(params);
-    if (threadIdx.x % 32 == 0) plan_cluster(params, ptx::cta_z(), shared.plan.part);
-  }
+  if (warp == Traits::kConsumerWarps) plan_cluster(params, ptx::cta_z(), shared.plan.part);
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();

@@ -18,7 +18,7 @@
 namespace flash_mla::sm90 {
 
 /// Merges what the two consumers have of a piece, and writes it: consumer w the chunks 4 w to 4 w + 3 of O, its own
-/// ones. The other's part of them comes through the memory of Q, two chunks at a time.
+/// ones. The other's part of them comes through shared memory, kStagedChunks at a time.
 template <class Traits, int kStagedChunks = 2>
 class NarrowEpilogue {
   using Element = typename Traits::Element;
@@ -57,7 +57,7 @@ class NarrowEpilogue {
     }
     if (warpgroup_ == 1) swap_halves(consumer.o);
     give_sums(consumer);
-    consumer.meet_other();                // and nobody reads Q any more
+    consumer.meet_other();                // and nobody reads Q or KV any more
     float own[Traits::kRowsPerThread];    // what this consumer's O is multiplied with
     float other[Traits::kRowsPerThread];  // and the other's
 #pragma unroll

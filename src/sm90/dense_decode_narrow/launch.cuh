@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
-#include <atomic>
+#include <mutex>
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
@@ -29,19 +29,21 @@ struct ClusterLaunch {
             dim3(1, 1, cluster_size)};
   }
 
-  /// How many clusters of a size, a power of 2, run at once on the current device. Asked once.
+  /// How many clusters of 2, 4 or 8 CTAs run at once on the current device. Asked once.
   static int max_active(int cluster_size) {
-    constexpr int kUnknown = 0;
-    static std::array<std::array<std::atomic<int>, kMaxClusterSize + 1>, cuda::kMaxDevices> known{};  // plus 1
-    std::atomic<int>& count = known[cuda::current_device()][cluster_size];
-    int plus_one = count.load(std::memory_order_relaxed);
-    if (plus_one == kUnknown) {
-      plus_one = make(dim3(1, 1, cluster_size), cluster_size, nullptr)
-                     .max_active_clusters(reinterpret_cast<const void*>(kKernel)) +
-                 1;
-      count.store(plus_one, std::memory_order_relaxed);
-    }
-    return plus_one - 1;
+    struct Known {
+      std::once_flag once;
+      int count[kMaxClusterSize + 1];
+    };
+    static std::array<Known, cuda::kMaxDevices> of_device;
+    Known& known = of_device[cuda::current_device()];
+    std::call_once(known.once, [&] {
+      for (int size = kMinClusterSize; size <= kMaxClusterSize; size *= 2) {
+        known.count[size] =
+            make(dim3(1, 1, size), size, nullptr).max_active_clusters(reinterpret_cast<const void*>(kKernel));
+      }
+    });
+    return known.count[cluster_size];
   }
 };
 
