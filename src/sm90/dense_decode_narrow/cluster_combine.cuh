@@ -84,8 +84,8 @@ class ClusterCombine {
     const FinalOutput<Element> output{params_, request};
     const RowCoordinate at(params_, tile, head_k, 8 * vector + thread % 32 / 4);
     const int rank = ptx::cta_rank_in_cluster();
-    const auto* const own =
-        reinterpret_cast<const float4*>(shared_.kv[0] + kExchangeBytes) + rank * chunks_ * kChunkVectors;
+    const auto* const own = reinterpret_cast<const float4*>(shared_.kv[kExchangeBytes / Traits::kChunkBytes]) +
+                            rank * chunks_ * kChunkVectors;
     Element* to = output.row(at) + rank * chunks_ * Traits::kChunkColumns + thread / 32 * 16 + thread % 4 * 2;
     weigh(output, tile, head_k);
     consumer.meet_other();  // weights are there, and what this CTA merges of its own piece
