@@ -1,4 +1,4 @@
-"""Writes the tables of measured figures in README and docs/context_parallel.md from the newest JSONs in results.
+"""Writes the tables of measured figures in README and in pages of docs from the newest JSONs in results.
 
 python benchmarks/readme_table.py            rewrites what is between the two markers
 python benchmarks/readme_table.py --check    fails where a table is not up to date
@@ -15,6 +15,7 @@ from flash_mla.benchmark.shapes import REFERENCE_SKELETON
 
 README = Path(__file__).parents[1] / "README.md"
 CONTEXT_PARALLEL = Path(__file__).parents[1] / "docs" / "context_parallel.md"
+KERNELS = Path(__file__).parents[1] / "docs" / "kernels" / "dense_decode.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README is not up to date")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--context-parallel", type=Path, default=CONTEXT_PARALLEL)
+    parser.add_argument("--kernels", type=Path, default=KERNELS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
@@ -34,6 +36,7 @@ def main() -> None:
     several = report.of_kind("context_parallel", options.results)
     update(options.readme, table(decode, report.newest("host_overhead", options.results)), options.check)
     update(options.context_parallel, context_parallel_tables(several), options.check)
+    update(options.kernels, kernel_tables(decode, report.newest("profile", options.results)), options.check)
 
 
 def update(page: Path, text: str, check: bool) -> None:
@@ -82,6 +85,44 @@ def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
             f"A call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
             f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
         )
+    return "\n".join(lines)
+
+
+def kernel_tables(decode: dict[str, Any], profile: dict[str, Any] | None) -> str:
+    """Ratios to FlashMLA held against the yardstick, and what a profile says of each case."""
+    tables = []
+    if decode.get("skeleton"):
+        here, there = decode["skeleton"][0], REFERENCE_SKELETON
+        lines = ["| case | to FlashMLA, hot (cold) | held against the skeleton |", "|---|---|---|"]
+        for case in decode["cases"]:
+            if case["shape"]["unit"] == "TFLOP/s" and case["ratio_to_reference"]["cold"] is not None:
+                ratio = case["ratio_to_reference"]
+                held = {state: ratio[state] * there[state] / here[state] for state in ("hot", "cold")}
+                pair = (f"{r['hot']:.2f} ({r['cold']:.2f})" for r in (ratio, held))
+                lines.append(f"| {case['shape']['name']} | {' | '.join(pair)} |")
+        lines += [
+            "",
+            f"At {decode['commit']}; the skeleton gave {here['hot']:.0f} TFLOP/s ({here['cold']:.0f}) in this run, "
+            f"{there['hot']} ({there['cold']}) beside FlashMLA.",
+        ]
+        tables.append("\n".join(lines))
+    if profile is not None:
+        tables.append(profile_table(profile))
+    return "\n\n".join(tables)
+
+
+def profile_table(profile: dict[str, Any]) -> str:
+    percents = ("tensor", "shared_read", "shared_write", "hbm", "l2", "issue", "no_instruction")
+    titles = ("tensor pipe", "shared memory reads", "writes", "HBM busy", "L2 sectors", "issue slots", "misses")
+    lines = [
+        f"| percent | {' | '.join(titles)} | from HBM, MB | through L2, MB |",
+        "|---" * (len(titles) + 3) + "|",
+    ]
+    for case in profile["cases"]:
+        values = [f"{case[f'{name}_percent']:.0f}" for name in percents]
+        values += [f"{case[name] / 1e6:.0f}" for name in ("hbm_bytes", "l2_bytes")]
+        lines.append(f"| {case['name']} | {' | '.join(values)} |")
+    lines += ["", f"Single calls at {profile['commit']}, profiled by ncu on one {profile['machine']['gpu']}."]
     return "\n".join(lines)
 
 

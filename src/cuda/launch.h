@@ -16,10 +16,13 @@ namespace flash_mla::cuda {
 /// kernel touches no global memory before griddepcontrol.wait.
 enum class Overlap : bool { kNone, kWithPrevious };
 
+/// Shared memory that a CTA may have on sm_90.
+constexpr std::size_t kMaxSharedBytes = 232448;
+
 /// A checked kernel launch.
 class Launch {
  public:
-  /// `cluster`: CTAs of a cluster.
+  /// `cluster`: extents of a cluster, in CTAs; of one CTA: none.
   Launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
          Overlap overlap = Overlap::kNone, dim3 cluster = dim3(1))
       : name_(name) {

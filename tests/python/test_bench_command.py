@@ -261,7 +261,11 @@ def test_writes_and_finds_results(tmp_path: Path) -> None:
 
 
 def readme_table() -> Any:
-    spec = importlib.util.spec_from_file_location("readme_table", REPOSITORY / "benchmarks" / "readme_table.py")
+    return load_script("readme_table")
+
+
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -269,13 +273,63 @@ def readme_table() -> Any:
     return module
 
 
+def profiler_output(cases: int) -> str:
+    """What ncu prints of so many cases, the program's own lines among it."""
+    script = load_script("profile_decode")
+    barrier = f"{script.STALLS}barrier_per_issue_active.ratio"
+    header = ["ID", "Kernel Name", *script.METRICS.values(), script.NO_INSTRUCTION, barrier]
+    values = [["0", "decode_kernel<64>", *["1,250.5"] * len(script.METRICS), "1.0", "3.0"]] * cases
+    rows = [header, [""] * len(header), *values]
+    lines = ["==PROF== Connected", 'machine {"gpu": "NVIDIA H200"}', *(f"case c{i}" for i in range(cases))]
+    return "\n".join([*lines, *(",".join(f'"{cell}"' for cell in row) for row in rows)])
+
+
+def test_reads_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("profile_decode")
+    printed = tmp_path / "ncu.csv"
+    printed.write_text(profiler_output(2))
+    path = tmp_path / "profile.json"
+    monkeypatch.setattr(
+        sys, "argv", ["profile_decode.py", "--read", str(printed), "--json", str(path), "--commit", "abc1234"]
+    )
+    script.main()
+    result = json.loads(path.read_text())
+    assert (result["kind"], result["commit"], result["machine"]) == ("profile", "abc1234", {"gpu": "NVIDIA H200"})
+    assert [case["name"] for case in result["cases"]] == ["c0", "c1"]
+    assert result["cases"][1]["hbm_bytes"] == 1250.5
+    assert result["cases"][1]["no_instruction_percent"] == 25.0
+    assert "| c1 | 1250 | 1250 |" in readme_table().kernel_tables({**decode_result(), "skeleton": []}, result)
+    with pytest.raises(SystemExit, match="got 2 kernels and 1 cases"):
+        script.read(profiler_output(2).replace("case c1", ""))
+    with pytest.raises(SystemExit, match="got 0 kernels and 0 cases"):
+        script.read("")
+
+
+def test_ratios_are_held_against_the_skeleton() -> None:
+    """A GPU that gives the skeleton a tenth more has won nothing by it."""
+    case = {
+        "shape": {"name": "compute", "unit": "TFLOP/s"},
+        "ratio_to_reference": {"hot": 1.1, "cold": 1.21},
+    }
+    latency = {"shape": {"name": "short", "unit": "us"}, "ratio_to_reference": {"hot": 1.5, "cold": None}}
+    here = {"hot": 1.1 * 531, "cold": 1.1 * 655}
+    text = readme_table().kernel_tables({"commit": "abc1234", "cases": [case, latency], "skeleton": [here]}, None)
+    assert "| compute | 1.10 (1.21) | 1.00 (1.10) |" in text
+    assert "short" not in text
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
 def test_readme_table_reads_every_result(path: Path) -> None:
     result = json.loads(path.read_text())
-    if result["kind"] not in ("decode", "context_parallel"):
-        pytest.skip("a result without a table")
     module = readme_table()
-    table = module.table(result, None) if result["kind"] == "decode" else module.context_parallel_tables([result])
+    tables = {
+        "decode": lambda: module.table(result, None),
+        "context_parallel": lambda: module.context_parallel_tables([result]),
+        "profile": lambda: module.profile_table(result),
+    }
+    if result["kind"] not in tables:
+        pytest.skip("a result without a table")
+    table = tables[result["kind"]]()
     assert table.count("\n| ") == len(result["cases"])
 
 

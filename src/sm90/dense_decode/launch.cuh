@@ -23,7 +23,7 @@ void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) 
   using Traits = typename Kernel::Traits;
   using Storage = typename Kernel::Storage;
   constexpr auto kKernel = decode_kernel<Kernel>;
-  static_assert(sizeof(Storage) <= 232448, "what a CTA may have on sm_90");
+  static_assert(sizeof(Storage) <= cuda::kMaxSharedBytes);
   static_assert(Storage::kMergeBytes >= Combine<Traits>::kMinSharedBytes, "what merging needs");
   static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(kKernel), sizeof(Storage));
   limit.raise();

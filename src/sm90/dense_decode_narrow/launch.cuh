@@ -19,7 +19,7 @@ struct ClusterLaunch {
   using Traits = NarrowTraits<Element, kMinTileRows>;
   using Storage = ClusterStorage<Traits>;
   static constexpr auto kKernel = cluster_decode_kernel<Traits>;
-  static_assert(sizeof(Storage) <= 232448, "what a CTA may have on sm_90");
+  static_assert(sizeof(Storage) <= cuda::kMaxSharedBytes);
 
   static cuda::Launch make(dim3 grid, int cluster_size, cudaStream_t stream) {
     static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(kKernel), sizeof(Storage));
