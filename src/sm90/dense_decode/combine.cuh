@@ -58,45 +58,61 @@ __device__ inline void publish_pieces(const DenseDecodeParams& params, const Til
   }
 }
 
+/// Clears the flags of the part's splits, where this CTA is the last to have seen all of one's. By one warp, beside the
+/// consumers that merge.
+__device__ inline void clear_flags(const TileFlags& flags, const PartPlan& plan, MergeBarriers& barriers) {
+  std::uint32_t phase = 0;
+#pragma unroll 1
+  for (const SplitRequest& split : plan.splits) {
+    if (split.num_pieces == 0) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&barriers.seen), phase);
+    phase ^= 1;
+    // The loads of the flags were acquires, so nothing need be released. One was of the first piece's, before which the
+    // count was reset.
+    std::uint64_t readers = 0;
+    if (threadIdx.x % 32 == 0) readers = ptx::atomic_add(&flags.readers[split.first_part], 1);
+    if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < split.num_slices) continue;
+    for (int piece = threadIdx.x % 32; piece < split.num_pieces; piece += 32) flags.flags[split.slot(piece)] = 0;
+  }
+}
+
 /// Merges one slice of a split request's tile. By all consumer threads. The slice of all pieces comes into shared
-/// memory by bulk copies, which lanes issue as they see the pieces' flags. A unit is an octet of each lane of a warp.
-/// Each row's weights are computed once; then each unit has a warp, or several that share its pieces where the slice
-/// has few units.
+/// memory by bulk copies, which lanes issue as they see the pieces' flags; totals come first, so that weights are there
+/// before the values. Each thread then adds all pieces of some values of a unit: as few as let all warps take part.
 ///
 /// All of this runs once, so what counts is how many instructions follow on one another.
 template <class Traits>
 class Combine {
   using Element = typename Traits::Element;
   using Slot = SlotTile<Traits>;
+  using Value = typename Slot::Value;
   static constexpr int kWarps = Traits::kConsumerWarps;
-  static constexpr int kNumUnits = kWarps * Traits::kOctetsPerThread;
-  static constexpr int kUnitBytes = 32 * sizeof(uint4);
-  static constexpr int kWarpRowBytes = Slot::kRows * sizeof(float);
-  static constexpr int kSumBytes = 32 * 8 * sizeof(float);  // a warp's sum of its pieces, on its way to another
+  static constexpr int kLastWarp = kWarps - 1;  // has the least to weigh
+  static constexpr int kFirstRows = 2;          // of a slice of many pieces: all of them
 
-  /// A slice of a tile: units, and the writing warps whose rows they lie in.
+  /// Units of a tile.
   struct Slice {
     int first;
     int count;
-    int first_writer;
-    int num_writers;
 
     __device__ __forceinline__ Slice(int slice, int num_slices)
-        : first(kNumUnits * slice / num_slices), count(kNumUnits * (slice + 1) / num_slices - first) {
-      first_writer = first / Traits::kOctetsPerThread;
-      num_writers = count > 0 ? (first + count - 1) / Traits::kOctetsPerThread - first_writer + 1 : 1;
-    }
-    __device__ int piece_bytes() const { return count * kUnitBytes + num_writers * Slot::kRowsBytes; }
-    /// From the begin of a piece on.
-    __device__ int rows_of_writer(int writer) const { return count * kUnitBytes + writer * Slot::kRowsBytes; }
-    __device__ int writer_of(int unit) const { return (first + unit) / Traits::kOctetsPerThread - first_writer; }
+        : first(Slot::kNumUnits * slice / num_slices), count(Slot::kNumUnits * (slice + 1) / num_slices - first) {}
+  };
+
+  /// Where a row of a unit goes, null where it is padding or another unit has it, and what is known of the row.
+  struct alignas(16) Result {
+    Element* out;
+    float* lse;
+    float max;
+    float sum;
+    float inverse_sum;
   };
 
   static constexpr int shared_bytes(int num_pieces) {
-    const int count = (kNumUnits + num_pieces - 1) / num_pieces;
-    const int writers = count > 1 ? (count - 2) / Traits::kOctetsPerThread + 2 : 1;
-    return num_pieces * (count * kUnitBytes + (writers < kWarps ? writers : kWarps) * Slot::kRowsBytes) +
-           kWarps * (2 * kWarpRowBytes + kSumBytes);
+    const int units = (Slot::kNumUnits + num_pieces - 1) / num_pieces;
+    const int rows = units * Slot::kRowsOfUnit;
+    return num_pieces * (units * Slot::kUnitBytes + rows * static_cast<int>(sizeof(float4) + sizeof(float))) +
+           rows * static_cast<int>(sizeof(Result));
   }
   static constexpr int max_shared_bytes() {
     int most = 0;
@@ -112,212 +128,196 @@ class Combine {
 
   /// `shared`: shared memory that nothing else uses any more once all consumers are here, aligned to 16 bytes.
   /// `barriers`: what nothing else uses.
-  __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, std::uint32_t shared,
+  __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, unsigned char* shared,
                      MergeBarriers& barriers)
       : params_(params),
         tile_(tile),
         head_k_(head_k),
-        shared_(shared),
+        values_(shared),
         met_(ptx::shared_address(&barriers.met)),
+        seen_(ptx::shared_address(&barriers.seen)),
         loaded_(ptx::shared_address(&barriers.loaded)) {}
 
   __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx) {
     const Slice slice(slice_idx, split.num_slices);
     const int n = split.num_pieces;
-    int sharers = 1;
-    while (sharers < kWarps && 2 * sharers * slice.count <= kWarps) sharers *= 2;
-    const int sharer = warp() % sharers;
-    int unit = sharers > 1 ? warp() / sharers : slice.count * warp() / kWarps;
-    const int end = sharers > 1 ? unit + 1 : slice.count * (warp() + 1) / kWarps;
-    int row = octet_of(slice.first + unit).row;
-    Result result(*this, split, row);
+    const int num_rows = slice.count * Slot::kRowsOfUnit;
+    totals_ = reinterpret_cast<float4*>(values_ + n * slice.count * Slot::kUnitBytes);
+    results_ = reinterpret_cast<Result*>(totals_ + n * num_rows);
+    weights_ = reinterpret_cast<float*>(results_ + num_rows);
 
     static_assert(scheduler::kMaxParts <= 32 * kWarps, "a lane for each piece");
     ptx::fence_proxy_async();
     sync();  // shared memory is free
-    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, n * slice.piece_bytes());
-    if (const int piece = warp() + lane() * kWarps; piece < n) load(split, piece, slice);
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
+    for (int row = threadIdx.x; row < num_rows; row += Traits::kConsumerThreads) place(split.request, slice, row);
+    load(split, slice);
+    sync();
+    weigh(num_rows, n);
+    sync();
+    if (warp() == kLastWarp) write_lse(num_rows);
     ptx::mbarrier_wait(loaded_, loaded_phase_);
     loaded_phase_ ^= 1;
-    // All pieces are here, so this CTA has seen all flags: loads that this depends on, so nothing need be released.
-    // And this thread has seen the first piece's, before which the count was reset. Not waited for before it is
-    // needed.
-    const std::uint64_t readers = threadIdx.x == 0 ? ptx::atomic_add(reader_count(split), 1) : 0;
-    const int parts_of_total = weigh(slice, n);
-    sync();
-#pragma unroll 1
-    for (; unit < end; ++unit) {
-      const bool is_unit = unit < slice.count;
-      float value[8] = {};
-      add(value, slice, unit, sharer, sharers, is_unit ? n : 0);
-      if (sharers > 1) {
-        if (sharer > 0) give(value, n * slice.piece_bytes());
-        sync();
-        if (sharer > 0 || !is_unit) break;
-#pragma unroll 1
-        for (int other = 1; other < sharers; ++other) take(value, n * slice.piece_bytes(), other);
-      }
-      const Octet octet = octet_of(slice.first + unit);
-      if (octet.row != row) {
-        row = octet.row;
-        result = Result(*this, split, row);
-      }
-      write(result, value, octet, n * slice.piece_bytes(), slice.writer_of(unit), parts_of_total);
+    if (num_rows > 4) {
+      add<8>(slice, n);
+    } else if (num_rows > 2) {
+      add<4>(slice, n);
+    } else {
+      add<2>(slice, n);
     }
-    clear_flags(split, readers);
   }
 
  private:
-  /// Where a thread's two rows of a unit go.
-  struct Result {
-    Element* out[2];  // null where the row is padding
-    float* lse[2];
-
-    __device__ __forceinline__ Result(const Combine& combine, const SplitRequest& split, int row) {
-      const FinalOutput<Element> output{combine.params_, split.request};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const RowCoordinate at(combine.params_, combine.tile_, combine.head_k_, row + r * Traits::kOctetRowStep);
-        out[r] = at.is_valid ? output.row(at) : nullptr;
-        lse[r] = output.lse(at);
-      }
-    }
-  };
-
-  /// This lane's octet of a unit of the tile.
-  __device__ static Octet octet_of(int unit) {
-    return Traits::octet(unit / Traits::kOctetsPerThread, lane(), unit % Traits::kOctetsPerThread);
-  }
-
   __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
-  __device__ std::uint64_t* reader_count(const SplitRequest& split) const { return &flags().readers[split.first_part]; }
-  __device__ __forceinline__ void clear_flags(const SplitRequest& split, std::uint64_t readers) const {
-    if (warp() != 0 || static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < split.num_slices) return;
-    for (int piece = lane(); piece < split.num_pieces; piece += 32) flags().flags[split.slot(piece)] = 0;
+
+  /// Where row `row` of the slice goes.
+  __device__ __forceinline__ void place(int request, const Slice& slice, int row) const {
+    const int unit = slice.first + row / Slot::kRowsOfUnit;
+    const int consumer = unit % Traits::kNumConsumers;
+    const int row_of_tile = unit / Traits::kNumConsumers * Slot::kRowsOfUnit + row % Slot::kRowsOfUnit;
+    const RowCoordinate at(params_, tile_, head_k_, row_of_tile);
+    const FinalOutput<Element> output{params_, request};
+    results_[row].out = at.is_valid ? output.row(at) + consumer * Traits::kColumnsPerConsumer : nullptr;
+    results_[row].lse = at.is_valid && consumer == 0 ? output.lse(at) : nullptr;
   }
 
-  /// Waits for a piece, and brings its share of the slice: units, then rows. By one thread.
-  __device__ __forceinline__ void load(const SplitRequest& split, int piece, const Slice& slice) const {
+  /// Waits for this warp's pieces, every eighth, a lane for each, and brings their share of the slice: totals at once,
+  /// values when they come.
+  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice) const {
+    const int n = split.num_pieces;
+    const int piece = warp() + lane() * kWarps;
+    const int num_rows = slice.count * Slot::kRowsOfUnit;
+    const int bytes = slice.count * Slot::kUnitBytes;
     const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
-    const std::uint32_t to = shared_ + piece * slice.piece_bytes();
+    const std::uint32_t to = ptx::shared_address(values_) + piece * bytes;
     const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
-    while (ptx::load_acquire(flag) != params_.token) {
-    }
-    ptx::fence_proxy_async_global();
-    if (slice.count > 0) ptx::bulk_load(to, slot.octets + slice.first * 32, slice.count * kUnitBytes, loaded_);
-    ptx::bulk_load(to + slice.rows_of_writer(0), slot.rows + slice.first_writer * Slot::kRowsBytes,
-                   slice.num_writers * Slot::kRowsBytes, loaded_);
-  }
-
-  /// Turns scales into weights, and writes each row's maximum and total. The warps divide the writers among them, or
-  /// several share the pieces of one; returns how many, each of which has a part of the total.
-  __device__ __forceinline__ int weigh(const Slice& slice, int n) const {
-    constexpr int kSubs = 32 / Slot::kRows;  // pieces that a warp looks at at once
-    int sharers = kWarps;
-    while (sharers * slice.num_writers > kWarps) sharers /= 2;
-    const int writer = warp() / sharers;
-    if (writer >= slice.num_writers) return sharers;
-    const int step = slice.piece_bytes();
-    const int sub = lane() / Slot::kRows;
-    const std::uint32_t rows = shared_ + slice.rows_of_writer(writer) + lane() % Slot::kRows * sizeof(float);
-    float max = kNoMax;
-#pragma unroll 4
-    for (int piece = sub; piece < n; piece += kSubs) max = fmaxf(max, ptx::load_shared_f32(rows + piece * step));
-    if constexpr (kSubs == 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, Slot::kRows));
-    float total = 0.0F;
-#pragma unroll 2
-    for (int piece = warp() % sharers * kSubs + sub; piece < n; piece += sharers * kSubs) {
-      const std::uint32_t at = rows + piece * step;
-      const float weight = ptx::exp2_approx(ptx::load_shared_f32(at) - max);
-      total = fmaf(weight, ptx::load_shared_f32(at + kWarpRowBytes), total);
-      ptx::store_shared_f32(at + 2 * kWarpRowBytes, weight * ptx::load_shared_f32(at + 2 * kWarpRowBytes));
-    }
-    if constexpr (kSubs == 2) total += __shfl_xor_sync(~0U, total, Slot::kRows);
-    if (sub == 0) {
-      const std::uint32_t at = merged_rows(n * step, warp()) + lane() * sizeof(float);
-      ptx::store_shared_f32(at, max);
-      ptx::store_shared_f32(at + kWarpRowBytes, total);
-    }
-    return sharers;
-  }
-
-  /// Adds every `sharers`-th of `n` pieces of a unit.
-  __device__ __forceinline__ void add(float (&value)[8], const Slice& slice, int unit, int sharer, int sharers,
-                                      int n) const {
-    const int step = slice.piece_bytes();
-    const int pair = octet_of(slice.first + unit).pair;
-    const std::uint32_t octets = shared_ + unit * kUnitBytes + lane() * sizeof(uint4);
-    const std::uint32_t weights = shared_ + slice.rows_of_writer(slice.writer_of(unit)) + 2 * kWarpRowBytes +
-                                  pair * static_cast<int>(sizeof(float2));
-#pragma unroll 4
-    for (int piece = sharer; piece < n; piece += sharers) {
-      std::uint32_t halves[4];
-      ptx::load_shared_v4(octets + piece * step, halves[0], halves[1], halves[2], halves[3]);
-      const float2 of_rows = ptx::load_shared_v2(weights + piece * step);
-      const float weight[2] = {of_rows.x, of_rows.y};
+    float4 first[kFirstRows];
+    // All lanes together: those that wait must not hold back the copies of the others.
+    for (bool waits = piece < n; __any_sync(~0U, waits);) {
+      if (!waits || ptx::load_acquire(flag) != params_.token) continue;
+      waits = false;
+      ptx::fence_proxy_async_global();
+      if (bytes > 0) ptx::bulk_load(to, slot.values(slice.first), bytes, loaded_);
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const float2 two = __half22float2(reinterpret_cast<const __half2&>(halves[i / 2]));
-        value[i] = fmaf(weight[Traits::octet_row(i)], two.x, value[i]);
-        value[i + 1] = fmaf(weight[Traits::octet_row(i + 1)], two.y, value[i + 1]);
+      for (int row = 0; row < kFirstRows; ++row) {
+        if (row < num_rows) first[row] = __ldcg(slot.totals(slice.first) + row);
       }
     }
-  }
-
-  /// `used`: the bytes of all pieces, behind which each warp has some memory.
-  __device__ __forceinline__ void write(const Result& result, const float (&value)[8], const Octet& octet, int used,
-                                        int writer, int parts_of_total) const {
-    float2 total = {0.0F, 0.0F};
-    const std::uint32_t rows =
-        merged_rows(used, writer * parts_of_total) + octet.pair * static_cast<int>(sizeof(float2));
+    if (piece < n) {
+#pragma unroll
+      for (int row = 0; row < kFirstRows; ++row) {
+        if (row < num_rows) totals_[row * n + piece] = first[row];
+      }
+    }
+    __syncwarp();
+    if (lane() == 0) ptx::mbarrier_arrive(seen_);
+    // The rows of few pieces are many.
 #pragma unroll 1
-    for (int i = 0; i < parts_of_total; ++i) {
-      const float2 part = ptx::load_shared_v2(rows + 2 * i * kWarpRowBytes + kWarpRowBytes);
-      total.x += part.x;
-      total.y += part.y;
-    }
-    const float inverse[2] = {inverse_sum(total.x), inverse_sum(total.y)};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int r = Traits::octet_row(i);
-      Element* const out = result.out[r];
-      const int column = octet.column + Traits::octet_column(i);
-      if constexpr (Traits::octet_column(1) == 1) {
-        if (i % 2 == 0 && out != nullptr) {
-          *reinterpret_cast<std::uint32_t*>(out + column) =
-              pack<Element>(value[i] * inverse[r], value[i + 1] * inverse[r]);
-        }
-      } else if (out != nullptr) {
-        out[column] = convert<Element>(value[i] * inverse[r]);
+    for (int other = warp(); other < n; other += kWarps) {
+      const Slot slot(params_, split.slot(other), tile_.index(params_.tiling, head_k_));
+#pragma unroll 1
+      for (int row = kFirstRows + lane(); row < num_rows; row += 32) {
+        totals_[row * n + other] = __ldcg(slot.totals(slice.first) + row);
       }
+      if (num_rows <= kFirstRows) break;
     }
-    if (octet.column == 0) {
-      const float2 max = ptx::load_shared_v2(rows);
-      if (result.out[0] != nullptr) *result.lse[0] = log_sum_exp(max.x, total.x);
-      if (result.out[1] != nullptr) *result.lse[1] = log_sum_exp(max.y, total.y);
+    __syncwarp();
+  }
+
+  /// Finds the weights of each row's pieces. Some lanes look after a row, a lane for each piece if there are enough.
+  __device__ __forceinline__ void weigh(int num_rows, int n) const {
+    const int lanes_log2 = min(32 - __clz(n - 1), 5);
+    const int lanes = 1 << lanes_log2;
+#pragma unroll 1
+    for (int first = warp() * 32 >> lanes_log2; first < num_rows; first += kWarps * 32 >> lanes_log2) {
+      const int row = first + (lane() >> lanes_log2);
+      const int begin = row * n + (lane() & (lanes - 1));
+      const int end = row < num_rows ? (row + 1) * n : 0;
+      float max = kNoMax;
+#pragma unroll 1
+      for (int i = begin; i < end; i += lanes) max = fmaxf(max, totals_[i].x);
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2) {
+        const float its = __shfl_xor_sync(~0U, max, other);
+        if (other < lanes) max = fmaxf(max, its);
+      }
+      float sum = 0.0F;
+#pragma unroll 1
+      for (int i = begin; i < end; i += lanes) {
+        const float4 of_piece = totals_[i];
+        const float weight = ptx::exp2_approx(of_piece.x - max);
+        sum = fmaf(weight, of_piece.y, sum);
+        weights_[i] = weight * of_piece.z;
+      }
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2) {
+        const float its = __shfl_xor_sync(~0U, sum, other);
+        if (other < lanes) sum += its;
+      }
+      if (begin == row * n && end > 0) {
+        results_[row].max = max;
+        results_[row].sum = sum;
+        results_[row].inverse_sum = inverse_sum(sum);
+      }
     }
   }
 
-  /// A warp's rows as weigh() writes them: maxima, then parts of totals.
-  __device__ std::uint32_t merged_rows(int used, int warp) const { return shared_ + used + warp * 2 * kWarpRowBytes; }
-  __device__ std::uint32_t shared_sum(int used, int warp) const {
-    return merged_rows(used, kWarps) + warp * kSumBytes + lane() * static_cast<int>(sizeof(float4));
+  __device__ __forceinline__ void write_lse(int num_rows) const {
+    for (int row = lane(); row < num_rows; row += 32) {
+      const Result& result = results_[row];
+      if (result.lse != nullptr) *result.lse = log_sum_exp(result.max, result.sum);
+    }
   }
-  __device__ __forceinline__ void give(const float (&v)[8], int used) const {
-    ptx::store_shared_v4(shared_sum(used, warp()), {v[0], v[1], v[2], v[3]});
-    ptx::store_shared_v4(shared_sum(used, warp()) + kSumBytes / 2, {v[4], v[5], v[6], v[7]});
+
+  /// Adds the pieces of the slice, kValues of a unit a thread.
+  template <int kValues>
+  __device__ __forceinline__ void add(const Slice& slice, int n) const {
+    constexpr int kWarpsOfUnit = Slot::kUnitValues / (32 * kValues);
+    const int step = slice.count * Slot::kUnitBytes;
+#pragma unroll 1
+    for (int i = warp(); i < slice.count * kWarpsOfUnit; i += kWarps) {
+      const int unit = i / kWarpsOfUnit;
+      const int first = (i % kWarpsOfUnit * 32 + lane()) * kValues;
+      const int row = unit * Slot::kRowsOfUnit + Traits::unit_row(first);
+      const float* const weights = weights_ + row * n;
+      const unsigned char* from = values_ + unit * Slot::kUnitBytes + first * sizeof(Value);
+      float value[kValues] = {};
+#pragma unroll(16 / kValues)
+      for (int piece = 0; piece < n; ++piece, from += step) {
+        float of_piece[kValues];
+        read(from, of_piece);
+        const float weight = weights[piece];
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) value[j] = fmaf(weight, of_piece[j], value[j]);
+      }
+      const Result& result = results_[row];
+      if (result.out != nullptr) write(result.out + Traits::unit_column(first), value, result.inverse_sum);
+    }
   }
-  __device__ __forceinline__ void take(float (&v)[8], int used, int other) const {
-    const float4 low = ptx::load_shared_v4(shared_sum(used, warp() + other));
-    const float4 high = ptx::load_shared_v4(shared_sum(used, warp() + other) + kSumBytes / 2);
-    v[0] += low.x;
-    v[1] += low.y;
-    v[2] += low.z;
-    v[3] += low.w;
-    v[4] += high.x;
-    v[5] += high.y;
-    v[6] += high.z;
-    v[7] += high.w;
+
+  template <int kValues>
+  __device__ __forceinline__ static void read(const unsigned char* from, float (&value)[kValues]) {
+    struct alignas(kValues * sizeof(Value) < sizeof(uint4) ? kValues * sizeof(Value) : sizeof(uint4)) Vector {
+      Value value[kValues];
+    };
+    const Vector vector = *reinterpret_cast<const Vector*>(from);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) value[i] = static_cast<float>(vector.value[i]);
+  }
+
+  template <int kValues>
+  __device__ __forceinline__ static void write(Element* out, const float (&value)[kValues], float inverse_sum) {
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      const float two[2] = {value[i] * inverse_sum, value[i + 1] * inverse_sum};
+      Element* const to = out + Traits::unit_column(i);
+      if constexpr (Traits::unit_column(1) == 1) {
+        *reinterpret_cast<std::uint32_t*>(to) = pack<Element>(two[0], two[1]);
+      } else {
+        to[0] = convert<Element>(two[0]);
+        to[Traits::unit_column(1)] = convert<Element>(two[1]);
+      }
+    }
   }
 
   __device__ static int warp() { return threadIdx.x / 32; }
@@ -328,13 +328,18 @@ class Combine {
     ptx::mbarrier_arrive(met_);
     ptx::mbarrier_wait(met_, met_phase_);
     met_phase_ ^= 1;
+    __syncwarp();
   }
 
   const DenseDecodeParams& params_;
   const QueryTile& tile_;
   const int head_k_;
-  const std::uint32_t shared_;
+  unsigned char* const values_;  // (pieces, units of the slice, their values), in shared memory as what follows
+  float4* totals_;               // (rows of the slice's units, pieces)
+  Result* results_;              // (rows,)
+  float* weights_;               // (rows, pieces)
   const std::uint32_t met_;
+  const std::uint32_t seen_;
   const std::uint32_t loaded_;
   std::uint32_t met_phase_ = 0;
   std::uint32_t loaded_phase_ = 0;
@@ -345,7 +350,7 @@ class Combine {
 template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k, int part_idx) {
-  Combine<Traits> combine(params, tile, head_k, ptx::shared_address(&shared), shared.merge_barriers);
+  Combine<Traits> combine(params, tile, head_k, reinterpret_cast<unsigned char*>(&shared), shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (const SplitRequest& found : shared.plan.splits) {

@@ -48,10 +48,12 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     Kernel::produce(params, shared, tile, head_k, role, warp);
     if (threadIdx.x / 32 == Traits::kSplitsWarp) {
       find_splits(params, role.part_idx, shared.plan);
+      const TileFlags flags(params, tile.index(params.tiling, head_k));
       if (role.computes && threadIdx.x % 32 == 0) {
-        const TileFlags flags(params, tile.index(params.tiling, head_k));
         publish_pieces<Traits>(params, flags, shared.plan, role.part_idx);
       }
+      __syncwarp();
+      if (role.merges) clear_flags(flags, shared.plan, shared.merge_barriers);
     }
   } else {
     ptx::increase_registers<Traits::kConsumerRegisters>();

@@ -94,17 +94,26 @@ class Epilogue {
     for (int i = 0; i < 64; ++i) {
       largest[row_of(i)] = fmaxf(largest[row_of(i)], fmaxf(fabsf(o[0][i]), fabsf(o[1][i])));
     }
-    const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
-    const float inverse[2] = {scale[0].inverse, scale[1].inverse};
 #pragma unroll
-    for (int i = 0; i < Traits::kOctetsPerThread; ++i) {
-      const float* const v = &o[i / 8][i % 8 * 8];
-      slot.write_octet(i, {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]}, inverse);
-    }
-    if (threadIdx.x % 4 == 0) {
-      slot.write_rows(threadIdx.x % 32 / 4,
-                      {row_max[0] * params_.softmax_scale_log2, row_max[1] * params_.softmax_scale_log2},
-                      {row_sum[0], row_sum[1]}, {scale[0].scale, scale[1].scale});
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const RowScale scale(row_reduce_max(largest[r]));
+      const int row = fragment_row() + 8 * r;
+      const int unit = slot.unit(row, first_column_ / Traits::kColumnsPerConsumer);
+      auto* const to = reinterpret_cast<uint4*>(slot.values(unit)) + threadIdx.x % 8;  // two rows' threads
+#pragma unroll
+      for (int i = 0; i < 128; i += 16) {
+        std::uint32_t packed[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float* const v = &o[i / 64][i % 64 + 4 * k + 2 * r];
+          packed[k] = pack<__half>(v[0] * scale.inverse, v[1] * scale.inverse);
+        }
+        to[i / 2] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      }
+      if (threadIdx.x % 4 == 0) {
+        slot.totals(unit)[row % 2] =
+            make_float4(row_max[r] * params_.softmax_scale_log2, row_sum[r], scale.scale, 0.0F);
+      }
     }
   }
 

@@ -18,16 +18,14 @@ constexpr int kMaxClusterSize = 8;
 /// Flags of a part for each tile of query rows and each KV head: see combine.cuh.
 constexpr int kFlagsPerPart = 3;
 
-/// Rows that a consumer warp has values of, in a tile of `rows` rows.
-constexpr int rows_of_warp(int rows) { return rows == kBlockM ? 16 : rows; }
+/// Consumer warpgroups of a CTA. Each has half of O's columns, in tiles of any number of rows.
+constexpr int kNumConsumers = 2;
 
-/// What a piece of a split request leaves for a tile: for each consumer warp its values of O, in float16, and three
-/// floats for each of its rows. slot.cuh draws it.
-constexpr int kWarpsOfPiece = 8;
-constexpr int kFloatsPerRow = 3;
+/// What a piece of a split request leaves for a tile: O, in float16 for tiles of 64 rows and else in float32, and four
+/// floats for each row of each consumer. slot.cuh draws it.
 constexpr int slot_bytes(int rows) {
-  return rows * kHeadDimV * static_cast<int>(sizeof(std::uint16_t)) +
-         kWarpsOfPiece * rows_of_warp(rows) * kFloatsPerRow * static_cast<int>(sizeof(float));
+  const int value_bytes = static_cast<int>(rows == kBlockM ? sizeof(std::uint16_t) : sizeof(float));
+  return rows * kHeadDimV * value_bytes + rows * kNumConsumers * 4 * static_cast<int>(sizeof(float));
 }
 
 /// What the kernel takes, by value. Strides in elements.

@@ -28,10 +28,12 @@ struct SplitRequest {
 /// mbarriers for merging splits, in shared memory.
 struct MergeBarriers {
   std::uint64_t met;     // for an arrival by each consumer thread
+  std::uint64_t seen;    // for one by each consumer warp: it has seen the flags of its pieces
   std::uint64_t loaded;  // for one arrival, with the bytes that are loaded
 
   __device__ void init(int num_consumer_threads) {
     ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
+    ptx::mbarrier_init(ptx::shared_address(&seen), num_consumer_threads / 32);
     ptx::mbarrier_init(ptx::shared_address(&loaded), 1);
   }
 };
@@ -74,6 +76,30 @@ __device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params)
   }
 }
 
+/// `continued`: the request that the part continues. By one warp.
+__device__ __forceinline__ void write_plan(const DenseDecodeParams& params, int part_idx, const scheduler::Part& part,
+                                           const SplitRequest& continued, PartPlan& plan) {
+  if (threadIdx.x % 32 != 0) return;
+  const int begun_pieces = begins_a_split(part) ? part.num_pieces : 0;
+  plan.part = part;
+  plan.splits[0] = continued;
+  plan.splits[1] = {part.end_request, part_idx, begun_pieces,
+                    params.batch_size == 1 ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
+}
+
+__device__ __forceinline__ SplitRequest continued_split(const scheduler::Part& part, int num_pieces) {
+  return {part.begin_request, part.first_part, num_pieces, num_pieces};
+}
+
+/// A function, so that this code, most of the kernel's, is not in the way of what runs in every launch. By one warp.
+static __device__ __noinline__ void plan_part_of_large_batch(const DenseDecodeParams& params, int part_idx,
+                                                             PartPlan& plan) {
+  std::int32_t pieces;
+  const scheduler::WarpPlan batch(params.cache_seqlens, params.batch_size, params.num_parts);
+  const scheduler::Part part = batch.row(part_idx, pieces);
+  write_plan(params, part_idx, part, continued_split(part, pieces), plan);
+}
+
 /// Writes the part, and where it is planned here the splits too. By one warp.
 __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   scheduler::Part part;
@@ -91,17 +117,12 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
     std::int32_t pieces;
     if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, part_idx, part,
                                     pieces)) {
-      part = scheduler::WarpPlan(params.cache_seqlens, params.batch_size, params.num_parts).row(part_idx, pieces);
+      plan_part_of_large_batch(params, part_idx, plan);
+      return;
     }
-    continued = {part.begin_request, part.first_part, pieces, pieces};
+    continued = continued_split(part, pieces);
   }
-  if (threadIdx.x % 32 == 0) {
-    const int begun_pieces = begins_a_split(part) ? part.num_pieces : 0;
-    plan.part = part;
-    plan.splits[0] = continued;
-    plan.splits[1] = {part.end_request, part_idx, begun_pieces,
-                      params.batch_size == 1 ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
-  }
+  write_plan(params, part_idx, part, continued, plan);
 }
 
 /// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,

@@ -2,73 +2,57 @@
 
 #include <cuda_fp16.h>
 
-#include <cmath>
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/traits.cuh"
-#include "sm90/primitives/fragment.cuh"
 
-// What a piece of a split request leaves in the workspace, for a tile: sums that are not normalised.
+// What a piece of a split request leaves in the workspace, for a tile: sums that are not normalised. It consists of
+// units: the columns that one consumer has of one or two rows, Traits::kRowsOfUnit.
 //
-//   octets  (consumer warps, octets of a thread, lanes), 16 bytes each: values of O, divided by the row's scale
-//   rows    (consumer warps, 3, rows of a warp) floats: the maximum of a row's scores times softmax_scale_log2, the sum
-//           of exp2(score - maximum), 0 where it saw no key, and the scale of the warp's values
+//   values  (units, rows of a unit * 256) of float16, or of float32 for tiles of few rows: O, divided by a scale; in an
+//           order that lets consumers write 16 bytes a thread and whole lines, Traits::unit_row and unit_column
+//   totals  (units, rows of a unit) float4: the maximum of the row's scores times softmax_scale_log2, the sum of
+//           exp2(score - maximum), 0 where it saw no key, and the scale
 //
-// Scales are powers of 2 that bring the largest of a warp's values of a row close to the largest of float16. So a value
-// is rounded to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the size of V; bits are lost only of
-// values below 2^-28 of that largest one. Rows lie in pairs, as octets have them.
+// Scales of float16 are powers of 2 that bring the largest of a consumer's values of a row close to the largest of
+// float16. So a value is rounded to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the size of V;
+// bits are lost only of values below 2^-28 of that largest one.
 
 namespace flash_mla::sm90 {
 
 /// A tile's memory in a slot of the workspace.
 template <class Traits>
 struct SlotTile {
-  static constexpr int kRows = rows_of_warp(Traits::kRows);
+  using Value = typename Traits::UnitValue;
+  static constexpr int kRowsOfUnit = Traits::kRowsOfUnit;
+  static constexpr int kNumUnits = Traits::kRows * Traits::kNumConsumers / kRowsOfUnit;
+  static constexpr int kUnitValues = kRowsOfUnit * Traits::kColumnsPerConsumer;
+  static constexpr int kUnitBytes = kUnitValues * sizeof(Value);
   static constexpr int kBytes = slot_bytes(Traits::kRows);
-  static constexpr int kRowsBytes = kFloatsPerRow * kRows * sizeof(float);  // of a warp
-  static_assert(Traits::kConsumerWarps == kWarpsOfPiece, "what slot_bytes() counts");
-  static_assert(kRowsBytes % sizeof(uint4) == 0, "what bulk copies take");
+  static_assert(kNumUnits * (kUnitBytes + kRowsOfUnit * sizeof(float4)) == kBytes, "values and totals");
 
-  uint4* octets;
-  unsigned char* rows;
+  unsigned char* begin;
 
   /// `tile` counts those of all KV heads.
   __device__ SlotTile(const DenseDecodeParams& params, int slot, int tile) {
     const std::int64_t idx = static_cast<std::int64_t>(slot) * params.num_heads_k * params.tiling.num_tiles + tile;
-    unsigned char* const begin = params.slots + idx * kBytes;
-    octets = reinterpret_cast<uint4*>(begin);
-    rows = begin + Traits::kRows * kHeadDimV * sizeof(__half);
+    begin = params.slots + idx * kBytes;
   }
 
-  /// Writes an octet of this consumer thread, divided by its two rows' scales.
-  __device__ __forceinline__ void write_octet(int octet, const float (&value)[8],
-                                              const float (&inverse_scale)[2]) const {
-    float scaled[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) scaled[i] = value[i] * inverse_scale[Traits::octet_row(i)];
-    octets[(warp() * Traits::kOctetsPerThread + octet) * 32 + threadIdx.x % 32] =
-        make_uint4(pack<__half>(scaled[0], scaled[1]), pack<__half>(scaled[2], scaled[3]),
-                   pack<__half>(scaled[4], scaled[5]), pack<__half>(scaled[6], scaled[7]));
+  __device__ static int unit(int row, int consumer) { return row / kRowsOfUnit * Traits::kNumConsumers + consumer; }
+  __device__ unsigned char* values(int unit) const { return begin + unit * kUnitBytes; }
+  __device__ float4* totals(int unit) const {
+    return reinterpret_cast<float4*>(values(kNumUnits)) + unit * kRowsOfUnit;
   }
-  /// Writes what belongs to a pair of this warp's rows. `max` in base 2.
-  __device__ __forceinline__ void write_rows(int pair, float2 max, float2 sum, float2 scale) const {
-    auto* const to = reinterpret_cast<float2*>(rows + warp() * kRowsBytes) + pair;
-    to[0] = max;
-    to[kRows / 2] = sum;
-    to[kRows] = scale;
-  }
-
- private:
-  __device__ static int warp() { return threadIdx.x / 32; }
 };
 
-/// A row's scale and its inverse.
+/// A scale and its inverse.
 struct RowScale {
   float scale;
   float inverse;
 
-  /// `largest`: the largest magnitude of the row's values, NaN left out. Infinite only where a sum has overflowed, as
+  /// `largest`: the largest magnitude of the values, NaN left out. Infinite only where a sum has overflowed, as
   /// an infinity in V is one in K, whose score is NaN or infinite; the scale is 1 then.
   __device__ __forceinline__ explicit RowScale(float largest) {
     constexpr int kBias = 127;

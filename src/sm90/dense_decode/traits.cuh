@@ -1,9 +1,12 @@
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 #include "flash_mla/dense_decode.h"
 #include "scheduler/split_plan.h"
+#include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/query_tiling.h"
 
@@ -27,18 +30,12 @@ struct TileTraits {
 
   static constexpr int kWarpgroupThreads = 128;
   static constexpr int kWarpgroupWarps = kWarpgroupThreads / 32;
-  static constexpr int kNumConsumers = 2;
+  static constexpr int kNumConsumers = sm90::kNumConsumers;
+  static constexpr int kColumnsPerConsumer = kHeadDimV / kNumConsumers;
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
   static constexpr int kSplitsWarp = kNumThreads / 32 - 1;
-};
-
-/// Eight values of O that a thread holds, 16 bytes of float16 in the workspace: two rows by four columns.
-struct Octet {
-  int row;     // the first
-  int column;  // the first
-  int pair;    // which pair of the warp's rows it is
 };
 
 /// Constants of the kernel for tiles of 64 query rows. Interleaved, half of the PV on the other's block comes between
@@ -58,20 +55,14 @@ struct DenseDecodeTraits : TileTraits<Element> {
   static constexpr int kNumPairs = Base::kNumVChunks / 2 + 1;
   static constexpr int kRopePair = kNumPairs - 1;
 
-  /// Columns of O that one consumer warpgroup accumulates, in two halves.
-  static constexpr int kColumnsPerConsumer = kHeadDimV / Base::kNumConsumers;
-
   static_assert(kRows == Base::kBlockN, "Q tiles and KV tiles have one layout");
 
-  /// A consumer thread's octets, for merging: registers 8 * octet of O on.
-  static constexpr int kOctetsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 8;
-  static constexpr int kOctetRowStep = 8;
-  __device__ static constexpr int octet_row(int i) { return i / 2 % 2; }             // of the two rows, of value i
-  __device__ static constexpr int octet_column(int i) { return i / 4 * 8 + i % 2; }  // from the first one on
-  __device__ static Octet octet(int warp, int lane, int octet) {
-    return {warp % Base::kWarpgroupWarps * 16 + lane / 4,
-            warp / Base::kWarpgroupWarps * kColumnsPerConsumer + 16 * octet + lane % 4 * 2, lane / 4};
-  }
+  /// A unit of a piece in the workspace, and the row and the column, of a consumer's, of its value i. Eight in a row
+  /// are one thread's, and 64 those of two rows' threads, so that a warp writes whole lines.
+  using UnitValue = __half;
+  static constexpr int kRowsOfUnit = 2;
+  __device__ static constexpr int unit_row(int i) { return i / 32 % 2; }
+  __device__ static constexpr int unit_column(int i) { return i / 64 * 32 + i / 2 % 4 * 8 + i / 8 % 4 * 2 + i % 2; }
 };
 
 /// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P

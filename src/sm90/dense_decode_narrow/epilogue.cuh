@@ -119,28 +119,21 @@ class NarrowEpilogue {
 
   __device__ __forceinline__ void write_partial(const Consumer& consumer) const {
     const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
+    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
-    for (int pair = 0; pair < Traits::kRowsPerThread / 2; ++pair) {
-      float largest[2] = {0.0F, 0.0F};
-#pragma unroll
-      for (int chunk = 0; chunk < Traits::kOwnChunks; ++chunk) {
-        const float* const v = &consumer.o[chunk][4 * pair];
-        largest[0] = fmaxf(largest[0], fmaxf(fabsf(v[0]), fabsf(v[2])));
-        largest[1] = fmaxf(largest[1], fmaxf(fabsf(v[1]), fabsf(v[3])));
-      }
-      const RowScale scale[2] = {RowScale(column_reduce_max(largest[0])), RowScale(column_reduce_max(largest[1]))};
-      const float inverse[2] = {scale[0].inverse, scale[1].inverse};
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+      const int i = k / 2 * 4 + k % 2;
+      auto* const to = reinterpret_cast<float4*>(slot.values(slot.unit(Consumer::row_at(k), warpgroup_))) + thread / 4;
 #pragma unroll
       for (int chunk = 0; chunk < Traits::kOwnChunks; chunk += 2) {
-        const float* const v = &consumer.o[chunk][4 * pair];
-        const float* const w = &consumer.o[chunk + 1][4 * pair];
-        slot.write_octet(2 * pair + chunk / 2, {v[0], v[1], v[2], v[3], w[0], w[1], w[2], w[3]}, inverse);
+        const float* const v = &consumer.o[chunk][i];
+        const float* const w = &consumer.o[chunk + 1][i];
+        to[chunk / 2 * Traits::kWarpgroupThreads / 4] = make_float4(v[0], v[2], w[0], w[2]);
       }
-      if (threadIdx.x % 32 < 4) {
-        const int row = Consumer::row_at(2 * pair);
-        slot.write_rows(row / 2, {shared_.total.max[row], shared_.total.max[row + 1]},
-                        {shared_.total.sum[row], shared_.total.sum[row + 1]}, {scale[0].scale, scale[1].scale});
-      }
+    }
+    if (const int unit = static_cast<int>(threadIdx.x); unit < slot.kNumUnits) {
+      const int row = unit / Traits::kNumConsumers;
+      *slot.totals(unit) = make_float4(shared_.total.max[row], shared_.total.sum[row], 1.0F, 0.0F);
     }
   }
 

@@ -27,16 +27,13 @@ struct NarrowTraits : TileTraits<Element> {
   /// Chunks of O that a consumer writes, after merging its own with those of the other.
   static constexpr int kOwnChunks = Base::kNumVChunks / Base::kNumConsumers;
 
-  /// A consumer thread's octets, for merging: registers 4 * (octet / 2) on of chunks 2 * (octet % 2) and the next of
-  /// its own ones.
-  static constexpr int kOctetsPerThread = kRows * kHeadDimV / Base::kConsumerThreads / 8;
-  static constexpr int kOctetRowStep = 1;
-  __device__ static constexpr int octet_row(int i) { return i % 2; }  // of the two rows, of value i
-  __device__ static constexpr int octet_column(int i) { return i / 4 * Base::kChunkColumns + i / 2 % 2 * 8; }
-  __device__ static Octet octet(int warp, int lane, int octet) {
-    const int chunk = warp / Base::kWarpgroupWarps * kOwnChunks + octet % 2 * 2;
-    const int pair = octet / 2 * 4 + lane % 4;
-    return {2 * pair, chunk * Base::kChunkColumns + warp % Base::kWarpgroupWarps * 16 + lane / 4, pair};
+  /// A unit of a piece in the workspace, and the column, of a consumer's, of its value i. Four in a row are one
+  /// thread's: two of a chunk and two of the next.
+  using UnitValue = float;
+  static constexpr int kRowsOfUnit = 1;
+  __device__ static constexpr int unit_row(int) { return 0; }
+  __device__ static constexpr int unit_column(int i) {
+    return (i / 128 * 2 + i / 2 % 2) * Base::kChunkColumns + i / 32 % 4 * 16 + i / 4 % 8 + i % 2 * 8;
   }
 
   static_assert(kRows == 16 || kRows == 32, "as there are wgmma wrappers");
