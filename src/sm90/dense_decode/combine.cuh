@@ -181,11 +181,15 @@ class Combine {
     results_[row].lse = at.is_valid && consumer == 0 ? output.lse(at) : nullptr;
   }
 
-  /// Waits for this warp's pieces, every eighth, a lane for each, and brings their share of the slice: totals at once,
-  /// values when they come.
+  /// Waits for an eighth of the pieces, a lane for each, and brings their share of the slice: totals at once, values
+  /// when they come. A warp's pieces follow one another, so that it asks for a line of flags and not for one each: all
+  /// CTAs of a tile ask for the same ones.
   __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice) const {
     const int n = split.num_pieces;
-    const int piece = warp() + lane() * kWarps;
+    const int of_warp = (n + kWarps - 1) / kWarps;
+    const int begin = warp() * of_warp;
+    const int end = min(begin + of_warp, n);
+    const int piece = begin + lane();
     const int num_rows = slice.count * Slot::kRowsOfUnit;
     const int bytes = slice.count * Slot::kUnitBytes;
     const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
@@ -193,7 +197,7 @@ class Combine {
     const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
     float4 first[kFirstRows];
     // All lanes together: those that wait must not hold back the copies of the others.
-    for (bool waits = piece < n; __any_sync(~0U, waits);) {
+    for (bool waits = piece < end; __any_sync(~0U, waits);) {
       if (!waits || ptx::load_acquire(flag) != params_.token) continue;
       waits = false;
       ptx::fence_proxy_async_global();
@@ -203,7 +207,7 @@ class Combine {
         if (row < num_rows) first[row] = __ldcg(slot.totals(slice.first) + row);
       }
     }
-    if (piece < n) {
+    if (piece < end) {
 #pragma unroll
       for (int row = 0; row < kFirstRows; ++row) {
         if (row < num_rows) totals_[row * n + piece] = first[row];
@@ -213,7 +217,7 @@ class Combine {
     if (lane() == 0) ptx::mbarrier_arrive(seen_);
     // The rows of few pieces are many.
 #pragma unroll 1
-    for (int other = warp(); other < n; other += kWarps) {
+    for (int other = begin; other < end; ++other) {
       const Slot slot(params_, split.slot(other), tile_.index(params_.tiling, head_k_));
 #pragma unroll 1
       for (int row = kFirstRows + lane(); row < num_rows; row += 32) {

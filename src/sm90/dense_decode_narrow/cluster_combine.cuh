@@ -43,9 +43,8 @@ class ClusterCombine {
   static_assert(kChunkVectors == Traits::kConsumerThreads, "a thread has the same rows of each chunk");
 
  public:
-  /// The memory of KV, of which all blocks are done: what consumers of a CTA exchange, then what goes to other CTAs.
-  static constexpr int kExchangeBytes = Traits::kRows * kHeadDimV * sizeof(float);
-  static_assert(2 * kExchangeBytes <= Traits::kNumSlots * Traits::kChunkBytes, "KV's memory holds both");
+  static_assert(Traits::kRows * kHeadDimV * sizeof(float) <= Traits::kNumSlots * Traits::kChunkBytes,
+                "the memory of KV, of which all blocks are done, holds what goes to other CTAs");
 
   __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared)
       : params_(params),
@@ -68,7 +67,7 @@ class ClusterCombine {
     const std::uint32_t barrier = ptx::map_to_cta(received, to);
     const std::uint32_t values = ptx::map_to_cta(ptx::shared_address(shared_.values) + rank * bytes, to);
     ptx::mbarrier_wait(ptx::shared_address(&shared_.staged), 0);
-    ptx::bulk_copy_to_cta(values, ptx::shared_address(shared_.kv) + kExchangeBytes + to * bytes, bytes, barrier);
+    ptx::bulk_copy_to_cta(values, ptx::shared_address(shared_.kv) + to * bytes, bytes, barrier);
   }
 
   /// Merges this CTA's chunks. By all consumer threads, with the piece's rows in shared memory and the own chunks in
@@ -84,8 +83,7 @@ class ClusterCombine {
     const FinalOutput<Element> output{params_, request};
     const RowCoordinate at(params_, tile, head_k, 8 * vector + thread % 32 / 4);
     const int rank = ptx::cta_rank_in_cluster();
-    const auto* const own = reinterpret_cast<const float4*>(shared_.kv[kExchangeBytes / Traits::kChunkBytes]) +
-                            rank * chunks_ * kChunkVectors;
+    const auto* const own = reinterpret_cast<const float4*>(shared_.kv) + rank * chunks_ * kChunkVectors;
     Element* to = output.row(at) + rank * chunks_ * Traits::kChunkColumns + thread / 32 * 16 + thread % 4 * 2;
     weigh(output, tile, head_k);
     consumer.meet_other();  // weights are there, and what this CTA merges of its own piece
@@ -116,7 +114,7 @@ class ClusterCombine {
 
  private:
   __device__ __forceinline__ void stage(const Consumer& consumer, int warpgroup) const {
-    const std::uint32_t to = ptx::shared_address(shared_.kv) + kExchangeBytes;
+    const std::uint32_t to = ptx::shared_address(shared_.kv);
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
     for (int j = 0; j < Traits::kOwnChunks; ++j) {

@@ -75,12 +75,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       const RowCoordinate first_row(params, tile, head_k, 0);
       consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
     }
-    using Epilogue = NarrowEpilogue<Traits, Traits::kOwnChunks>;
-    using Combine = ClusterCombine<Traits>;
-    static_assert(Epilogue::kStagingBytes <= Combine::kExchangeBytes, "what consumers exchange");
-    const Epilogue epilogue(params, shared, piece, tile, head_k, warpgroup, ptx::shared_address(shared.kv));
+    const NarrowEpilogue<Traits> epilogue(params, shared, piece, tile, head_k, warpgroup);
     epilogue.merge(consumer);
-    Combine(params, shared).run(consumer, warpgroup, piece.request, tile, head_k);
+    ClusterCombine<Traits>(params, shared).run(consumer, warpgroup, piece.request, tile, head_k);
   }
 }
 

@@ -18,26 +18,22 @@
 namespace flash_mla::sm90 {
 
 /// Merges what the two consumers have of a piece, and writes it: consumer w the chunks 4 w to 4 w + 3 of O, its own
-/// ones. The other's part of them comes through shared memory, kStagedChunks at a time.
-template <class Traits, int kStagedChunks = 2>
+/// ones. The other's part of them comes through the memory of Q, kStagedChunks at a time.
+template <class Traits>
 class NarrowEpilogue {
   using Element = typename Traits::Element;
   using Consumer = NarrowConsumer<Traits>;
 
  public:
-  static constexpr int kStagingBytes =
-      Traits::kNumConsumers * kStagedChunks * Traits::kBlockN * Traits::kRows * sizeof(float);
-
-  /// `staging`: kStagingBytes of shared memory that are free once both consumers have met.
   __device__ NarrowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const Piece& piece,
-                            const QueryTile& tile, int head_k, int warpgroup, std::uint32_t staging)
+                            const QueryTile& tile, int head_k, int warpgroup)
       : params_(params),
         shared_(shared),
         piece_(piece),
         tile_(tile),
         head_k_(head_k),
         warpgroup_(warpgroup),
-        staging_(staging) {}
+        staging_(ptx::shared_address(shared.q)) {}
 
   __device__ __forceinline__ void write(Consumer& consumer) const {
     merge(consumer);
@@ -87,6 +83,7 @@ class NarrowEpilogue {
   }
 
  private:
+  static constexpr int kStagedChunks = Traits::kStagedChunks;
   static constexpr int kVectorsPerChunk = Traits::kAccumulators / 4;
   /// A thread stores to one of each 8 rows, that of its lane / 4: 8 columns and 8 rows at a time are transposed, so
   /// that it stores two columns of a row.

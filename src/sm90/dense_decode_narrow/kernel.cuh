@@ -50,9 +50,7 @@ struct NarrowDecodeKernel {
     while (walk.next(piece)) {
       consumer.reset();
       if (piece.begin_block < piece.end_block) consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
-      using Epilogue = NarrowEpilogue<Traits>;
-      static_assert(Epilogue::kStagingBytes <= sizeof(shared.q), "what consumers exchange");
-      const Epilogue epilogue(params, shared, piece, tile, head_k, warpgroup, ptx::shared_address(shared.q));
+      const NarrowEpilogue<Traits> epilogue(params, shared, piece, tile, head_k, warpgroup);
       epilogue.write(consumer);
       if (!piece.is_whole) ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       if (!piece.is_last) epilogue.give_back_query(consumer);

@@ -26,6 +26,12 @@ struct NarrowTraits : TileTraits<Element> {
   static constexpr int kRowsPerThread = kRows / 4;
   /// Chunks of O that a consumer writes, after merging its own with those of the other.
   static constexpr int kOwnChunks = Base::kNumVChunks / Base::kNumConsumers;
+  /// How many of them consumers exchange at a time, and the memory of Q, which these go through.
+  static constexpr int kStagedChunks = kRows == 16 ? kOwnChunks : kOwnChunks / 2;
+  static constexpr int kStagingBytes =
+      Base::kNumConsumers * kStagedChunks * Base::kBlockN * kRows * static_cast<int>(sizeof(float));
+  static constexpr int kQBytes =
+      kStagingBytes > Base::kNumChunks* kQChunkBytes ? kStagingBytes : Base::kNumChunks* kQChunkBytes;
 
   /// A unit of a piece in the workspace, and the column, of a consumer's, of its value i. Four in a row are one
   /// thread's: two of a chunk and two of the next.
@@ -50,10 +56,10 @@ struct alignas(16) PieceRows {
 template <class Traits>
 struct alignas(1024) NarrowStorage {
   /// The memory of Q, P and KV, where split requests are merged in the end.
-  static constexpr int kMergeBytes = Traits::kNumChunks * Traits::kQChunkBytes +
-                                     Traits::kNumConsumers * Traits::kPBytes + Traits::kNumSlots * Traits::kChunkBytes;
+  static constexpr int kMergeBytes =
+      Traits::kQBytes + Traits::kNumConsumers * Traits::kPBytes + Traits::kNumSlots * Traits::kChunkBytes;
 
-  unsigned char q[Traits::kNumChunks * Traits::kQChunkBytes];  // at the end of a piece: O on its way between consumers
+  unsigned char q[Traits::kQBytes];  // at the end of a piece: O on its way between consumers
   unsigned char p[Traits::kNumConsumers][Traits::kPBytes];
   unsigned char kv[Traits::kNumSlots][Traits::kChunkBytes];
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
