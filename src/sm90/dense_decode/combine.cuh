@@ -38,8 +38,7 @@ struct TileFlags {
   /// By one thread, after all threads of the piece have written and synchronised, and with the splits found. Only where
   /// somebody reads the flag, and so clears it: one that stays up would tell a replayed graph that the piece is there.
   __device__ void publish(const DenseDecodeParams& params, const PartPlan& plan, int slot) const {
-    const SplitRequest& split = plan.splits[slot % 2];
-    if (split.num_pieces == 0 || !split.has_piece(slot / 2)) return;
+    if (!plan.is_read(slot)) return;
     if (slot % 2 == 1) readers[slot / 2] = 0;  // a slot of a first piece
     ptx::store_release(&flags[slot], params.token);
   }
@@ -61,12 +60,11 @@ __device__ inline void publish_pieces(const DenseDecodeParams& params, const Til
 /// Clears the flags of the part's splits, where this CTA is the last to have seen all of one's. By one warp, beside the
 /// consumers that merge.
 __device__ inline void clear_flags(const TileFlags& flags, const PartPlan& plan, MergeBarriers& barriers) {
-  std::uint32_t phase = 0;
 #pragma unroll 1
-  for (const SplitRequest& split : plan.splits) {
+  for (int i = 0; i < 2; ++i) {
+    const SplitRequest& split = plan.splits[i];
     if (split.num_pieces == 0) continue;
-    ptx::mbarrier_wait(ptx::shared_address(&barriers.seen), phase);
-    phase ^= 1;
+    ptx::mbarrier_wait(ptx::shared_address(&barriers.seen[i]), 0);
     // The loads of the flags were acquires, so nothing need be released. One was of the first piece's, before which the
     // count was reset.
     std::uint64_t readers = 0;
@@ -87,8 +85,8 @@ class Combine {
   using Slot = SlotTile<Traits>;
   using Value = typename Slot::Value;
   static constexpr int kWarps = Traits::kConsumerWarps;
-  static constexpr int kLastWarp = kWarps - 1;  // has the least to weigh
-  static constexpr int kFirstRows = 2;          // of a slice of many pieces: all of them
+  static constexpr int kLastWarp = kWarps - 1;
+  static constexpr int kWeighingWarps = kWarps / 2;  // the others load
 
   /// Units of a tile.
   struct Slice {
@@ -135,10 +133,10 @@ class Combine {
         head_k_(head_k),
         values_(shared),
         met_(ptx::shared_address(&barriers.met)),
-        seen_(ptx::shared_address(&barriers.seen)),
+        gathered_(ptx::shared_address(&barriers.gathered)),
         loaded_(ptx::shared_address(&barriers.loaded)) {}
 
-  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx) {
+  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, std::uint64_t& seen) {
     const Slice slice(slice_idx, split.num_slices);
     const int n = split.num_pieces;
     const int num_rows = slice.count * Slot::kRowsOfUnit;
@@ -146,14 +144,20 @@ class Combine {
     results_ = reinterpret_cast<Result*>(totals_ + n * num_rows);
     weights_ = reinterpret_cast<float*>(results_ + num_rows);
 
-    static_assert(scheduler::kMaxParts <= 32 * kWarps, "a lane for each piece");
     ptx::fence_proxy_async();
     sync();  // shared memory is free
-    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
-    for (int row = threadIdx.x; row < num_rows; row += Traits::kConsumerThreads) place(split.request, slice, row);
-    load(split, slice);
-    sync();
-    weigh(num_rows, n);
+    if (warp() < kWeighingWarps) {
+      gather(split, slice);
+      weigh(num_rows, n);
+    } else {
+      if (threadIdx.x % 32 == 0 && warp() == kWeighingWarps) {
+        ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
+      }
+      for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * (kWarps - kWeighingWarps)) {
+        place(split.request, slice, row);
+      }
+      load(split, slice, seen);
+    }
     sync();
     if (warp() == kLastWarp) write_lse(num_rows);
     ptx::mbarrier_wait(loaded_, loaded_phase_);
@@ -181,50 +185,49 @@ class Combine {
     results_[row].lse = at.is_valid && consumer == 0 ? output.lse(at) : nullptr;
   }
 
-  /// Waits for an eighth of the pieces, a lane for each, and brings their share of the slice: totals at once, values
-  /// when they come. A warp's pieces follow one another, so that it asks for a line of flags and not for one each: all
-  /// CTAs of a tile ask for the same ones.
-  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice) const {
-    const int n = split.num_pieces;
-    const int of_warp = (n + kWarps - 1) / kWarps;
-    const int begin = warp() * of_warp;
-    const int end = min(begin + of_warp, n);
-    const int piece = begin + lane();
-    const int num_rows = slice.count * Slot::kRowsOfUnit;
+  /// Waits for some of the pieces, a lane for each, and brings their share of the slice. A warp's pieces follow one
+  /// another, so that it asks for a line of flags and not for one each: all CTAs of a tile ask for the same ones.
+  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice, std::uint64_t& seen) const {
+    constexpr int kLoadingWarps = kWarps - kWeighingWarps;
+    const int of_warp = (split.num_pieces + kLoadingWarps - 1) / kLoadingWarps;
+    const int begin = (warp() - kWeighingWarps) * of_warp;
+    const int end = min(begin + of_warp, split.num_pieces);
     const int bytes = slice.count * Slot::kUnitBytes;
-    const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
-    const std::uint32_t to = ptx::shared_address(values_) + piece * bytes;
-    const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
-    float4 first[kFirstRows];
-    // All lanes together: those that wait must not hold back the copies of the others.
-    for (bool waits = piece < end; __any_sync(~0U, waits);) {
-      if (!waits || ptx::load_acquire(flag) != params_.token) continue;
-      waits = false;
-      ptx::fence_proxy_async_global();
-      if (bytes > 0) ptx::bulk_load(to, slot.values(slice.first), bytes, loaded_);
-#pragma unroll
-      for (int row = 0; row < kFirstRows; ++row) {
-        if (row < num_rows) first[row] = __ldcg(slot.totals(slice.first) + row);
-      }
-    }
-    if (piece < end) {
-#pragma unroll
-      for (int row = 0; row < kFirstRows; ++row) {
-        if (row < num_rows) totals_[row * n + piece] = first[row];
+#pragma unroll 1
+    for (int first = begin; first < end; first += 32) {
+      const int piece = first + lane();
+      const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
+      const unsigned char* const from = slot.values(slice.first);
+      const std::uint32_t to = ptx::shared_address(values_) + piece * bytes;
+      const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
+      // All lanes together: those that wait must not hold back the copies of the others.
+      for (bool waits = piece < end; __any_sync(~0U, waits);) {
+        if (!waits || ptx::load_acquire(flag) != params_.token) continue;
+        waits = false;
+        ptx::fence_proxy_async_global();
+        if (bytes > 0) ptx::bulk_load(to, from, bytes, loaded_);
       }
     }
     __syncwarp();
-    if (lane() == 0) ptx::mbarrier_arrive(seen_);
-    // The rows of few pieces are many.
+    if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&seen));
+  }
+
+  /// Brings the totals of the slice's rows, as they come, into shared memory. By the threads that weigh.
+  __device__ __forceinline__ void gather(const SplitRequest& split, const Slice& slice) {
+    const int n = split.num_pieces;
+    const int num_rows = slice.count * Slot::kRowsOfUnit;
+    const int tile = tile_.index(params_.tiling, head_k_);
 #pragma unroll 1
-    for (int other = begin; other < end; ++other) {
-      const Slot slot(params_, split.slot(other), tile_.index(params_.tiling, head_k_));
-#pragma unroll 1
-      for (int row = kFirstRows + lane(); row < num_rows; row += 32) {
-        totals_[row * n + other] = __ldcg(slot.totals(slice.first) + row);
-      }
-      if (num_rows <= kFirstRows) break;
+    for (int i = threadIdx.x; i < n * num_rows; i += 32 * kWeighingWarps) {
+      const int piece = i / num_rows;
+      const int row = i % num_rows;
+      const Slot slot(params_, split.slot(piece), tile);
+      const Total total = Total::take(slot.totals(slice.first) + row, params_.token);
+      totals_[row * n + piece] = make_float4(total.max, total.sum, total.scale, 0.0F);
     }
+    ptx::mbarrier_arrive(gathered_);
+    ptx::mbarrier_wait(gathered_, gathered_phase_);
+    gathered_phase_ ^= 1;
     __syncwarp();
   }
 
@@ -233,7 +236,7 @@ class Combine {
     const int lanes_log2 = min(32 - __clz(n - 1), 5);
     const int lanes = 1 << lanes_log2;
 #pragma unroll 1
-    for (int first = warp() * 32 >> lanes_log2; first < num_rows; first += kWarps * 32 >> lanes_log2) {
+    for (int first = warp() * 32 >> lanes_log2; first < num_rows; first += kWeighingWarps * 32 >> lanes_log2) {
       const int row = first + (lane() >> lanes_log2);
       const int begin = row * n + (lane() & (lanes - 1));
       const int end = row < num_rows ? (row + 1) * n : 0;
@@ -343,9 +346,10 @@ class Combine {
   Result* results_;              // (rows,)
   float* weights_;               // (rows, pieces)
   const std::uint32_t met_;
-  const std::uint32_t seen_;
+  const std::uint32_t gathered_;
   const std::uint32_t loaded_;
   std::uint32_t met_phase_ = 0;
+  std::uint32_t gathered_phase_ = 0;
   std::uint32_t loaded_phase_ = 0;
 };
 
@@ -357,9 +361,9 @@ __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, St
   Combine<Traits> combine(params, tile, head_k, reinterpret_cast<unsigned char*>(&shared), shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
-  for (const SplitRequest& found : shared.plan.splits) {
-    const SplitRequest split = found;
-    if (split.num_pieces > 0) combine.run(split, part_idx - split.first_part);
+  for (int i = 0; i < 2; ++i) {
+    const SplitRequest split = shared.plan.splits[i];
+    if (split.num_pieces > 0) combine.run(split, part_idx - split.first_part, shared.merge_barriers.seen[i]);
   }
 }
 

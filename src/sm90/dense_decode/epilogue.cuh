@@ -85,7 +85,7 @@ class Epilogue {
     }
   }
 
-  /// All of another piece. `tile` counts those of all KV heads.
+  /// All of another piece, totals first. `tile` counts those of all KV heads.
   __device__ __forceinline__ void write_partial(const float (&o)[2][64], const float (&row_max)[2],
                                                 const float (&row_sum)[2], int tile) const {
     const SlotTile<Traits> slot(params_, piece_.slot, tile);
@@ -94,25 +94,28 @@ class Epilogue {
     for (int i = 0; i < 64; ++i) {
       largest[row_of(i)] = fmaxf(largest[row_of(i)], fmaxf(fabsf(o[0][i]), fabsf(o[1][i])));
     }
+    const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
+    const int consumer = first_column_ / Traits::kColumnsPerConsumer;
+    const int row[2] = {fragment_row(), fragment_row() + 8};
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const RowScale scale(row_reduce_max(largest[r]));
-      const int row = fragment_row() + 8 * r;
-      const int unit = slot.unit(row, first_column_ / Traits::kColumnsPerConsumer);
-      auto* const to = reinterpret_cast<uint4*>(slot.values(unit)) + threadIdx.x % 8;  // two rows' threads
+      const Total total{row_max[r] * params_.softmax_scale_log2, row_sum[r], scale[r].scale};
+      ulonglong2* const to = slot.totals(slot.unit(row[r], consumer)) + row[r] % 2;
+      if (threadIdx.x % 4 == 0) total.announce(to, params_.token);
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      // The threads of two rows in turn.
+      auto* const to = reinterpret_cast<uint4*>(slot.values(slot.unit(row[r], consumer))) + threadIdx.x % 8;
 #pragma unroll
       for (int i = 0; i < 128; i += 16) {
         std::uint32_t packed[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float* const v = &o[i / 64][i % 64 + 4 * k + 2 * r];
-          packed[k] = pack<__half>(v[0] * scale.inverse, v[1] * scale.inverse);
+          packed[k] = pack<__half>(v[0] * scale[r].inverse, v[1] * scale[r].inverse);
         }
         to[i / 2] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      }
-      if (threadIdx.x % 4 == 0) {
-        slot.totals(unit)[row % 2] =
-            make_float4(row_max[r] * params_.softmax_scale_log2, row_sum[r], scale.scale, 0.0F);
       }
     }
   }

@@ -64,7 +64,10 @@ struct DenseDecodeKernel {
         epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
         epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
       } else {
-        epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
+        ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
+        if (shared.plan.is_read(piece.slot)) {
+          epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
+        }
         ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       }
     }

@@ -27,14 +27,17 @@ struct SplitRequest {
 
 /// mbarriers for merging splits, in shared memory.
 struct MergeBarriers {
-  std::uint64_t met;     // for an arrival by each consumer thread
-  std::uint64_t seen;    // for one by each consumer warp: it has seen the flags of its pieces
-  std::uint64_t loaded;  // for one arrival, with the bytes that are loaded
+  std::uint64_t met;       // for an arrival by each consumer thread
+  std::uint64_t gathered;  // for one by each of those that weigh
+  std::uint64_t loaded;    // for one arrival, with the bytes that are loaded
+  std::uint64_t seen[2];   // of each split, for one by each consumer warp that loads: it has seen its pieces' flags
 
+  /// Half of the consumers weigh, and half load.
   __device__ void init(int num_consumer_threads) {
     ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
-    ptx::mbarrier_init(ptx::shared_address(&seen), num_consumer_threads / 32);
+    ptx::mbarrier_init(ptx::shared_address(&gathered), num_consumer_threads / 2);
     ptx::mbarrier_init(ptx::shared_address(&loaded), 1);
+    for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32);
   }
 };
 
@@ -46,6 +49,13 @@ struct PartPlan {
   std::uint64_t splits_ready;  // an mbarrier for one arrival
   /// One for an arrival by each consumer thread: the piece of each split is in the workspace.
   std::uint64_t piece_written[2];
+
+  /// Whether the piece that goes to a slot is read by somebody. Known once splits are ready. One that nobody reads must
+  /// not be announced: what stays up would tell a replayed graph that the piece is there.
+  __device__ bool is_read(int slot) const {
+    const SplitRequest& split = splits[slot % 2];
+    return split.num_pieces > 0 && split.has_piece(slot / 2);
+  }
 };
 
 /// By one thread, which calls fence_mbarrier_init() afterwards.

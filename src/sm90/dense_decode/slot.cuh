@@ -6,20 +6,49 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/ptx/memory.cuh"
 
 // What a piece of a split request leaves in the workspace, for a tile: sums that are not normalised. It consists of
 // units: the columns that one consumer has of one or two rows, Traits::kRowsOfUnit.
 //
 //   values  (units, rows of a unit * 256) of float16, or of float32 for tiles of few rows: O, divided by a scale; in an
 //           order that lets consumers write 16 bytes a thread and whole lines, Traits::unit_row and unit_column
-//   totals  (units, rows of a unit) float4: the maximum of the row's scores times softmax_scale_log2, the sum of
-//           exp2(score - maximum), 0 where it saw no key, and the scale
+//   totals  (units, rows of a unit) Total, 16 bytes
 //
 // Scales of float16 are powers of 2 that bring the largest of a consumer's values of a row close to the largest of
 // float16. So a value is rounded to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the size of V;
 // bits are lost only of values below 2^-28 of that largest one.
 
 namespace flash_mla::sm90 {
+
+/// What is known of a row before its values are written. It announces itself: the launch's token is in it, and its 16
+/// bytes are read and written as one. A row's total has one reader, who clears it, as a replayed graph launches with
+/// the same token.
+struct Total {
+  float max;    // of the row's scores times softmax_scale_log2
+  float sum;    // of exp2(score - max), 0 where the row saw no key
+  float scale;  // of the values: a power of 2
+
+  __device__ __forceinline__ void announce(ulonglong2* to, std::uint64_t token) const {
+    const std::uint64_t exponent = __float_as_uint(scale) >> 23;
+    ptx::store_relaxed(to, {static_cast<std::uint64_t>(__float_as_uint(sum)) << 32 | __float_as_uint(max),
+                            token ^ exponent << kTokenBits});
+  }
+  /// Waits for it.
+  __device__ __forceinline__ static Total take(ulonglong2* from, std::uint64_t token) {
+    ulonglong2 value;
+    do {
+      value = ptx::load_relaxed(from);
+    } while ((value.y ^ token) << (64 - kTokenBits) != 0);
+    from->y = 0;
+    const auto exponent = static_cast<std::uint32_t>((value.y ^ token) >> kTokenBits);
+    return {__uint_as_float(static_cast<std::uint32_t>(value.x)),
+            __uint_as_float(static_cast<std::uint32_t>(value.x >> 32)), __uint_as_float(exponent << 23)};
+  }
+
+ private:
+  static constexpr int kTokenBits = 56;  // of the token
+};
 
 /// A tile's memory in a slot of the workspace.
 template <class Traits>
@@ -30,7 +59,7 @@ struct SlotTile {
   static constexpr int kUnitValues = kRowsOfUnit * Traits::kColumnsPerConsumer;
   static constexpr int kUnitBytes = kUnitValues * sizeof(Value);
   static constexpr int kBytes = slot_bytes(Traits::kRows);
-  static_assert(kNumUnits * (kUnitBytes + kRowsOfUnit * sizeof(float4)) == kBytes, "values and totals");
+  static_assert(kNumUnits * (kUnitBytes + kRowsOfUnit * sizeof(ulonglong2)) == kBytes, "values and totals");
 
   unsigned char* begin;
 
@@ -42,8 +71,8 @@ struct SlotTile {
 
   __device__ static int unit(int row, int consumer) { return row / kRowsOfUnit * Traits::kNumConsumers + consumer; }
   __device__ unsigned char* values(int unit) const { return begin + unit * kUnitBytes; }
-  __device__ float4* totals(int unit) const {
-    return reinterpret_cast<float4*>(values(kNumUnits)) + unit * kRowsOfUnit;
+  __device__ ulonglong2* totals(int unit) const {
+    return reinterpret_cast<ulonglong2*>(values(kNumUnits)) + unit * kRowsOfUnit;
   }
 };
 

@@ -39,9 +39,10 @@ class NarrowEpilogue {
     merge(consumer);
     if (piece_.is_whole) {
       write_final(consumer);
-    } else {
-      write_partial(consumer);
+      return;
     }
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.plan.splits_ready), 0);
+    if (shared_.plan.is_read(piece_.slot)) write_partial(consumer);
   }
 
   /// Brings both consumers' part of the own chunks together in registers, and the rows into shared memory.
@@ -116,6 +117,10 @@ class NarrowEpilogue {
 
   __device__ __forceinline__ void write_partial(const Consumer& consumer) const {
     const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
+    if (const int unit = static_cast<int>(threadIdx.x); unit < slot.kNumUnits) {
+      const int row = unit / Traits::kNumConsumers;
+      Total{shared_.total.max[row], shared_.total.sum[row], 1.0F}.announce(slot.totals(unit), params_.token);
+    }
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
@@ -127,10 +132,6 @@ class NarrowEpilogue {
         const float* const w = &consumer.o[chunk + 1][i];
         to[chunk / 2 * Traits::kWarpgroupThreads / 4] = make_float4(v[0], v[2], w[0], w[2]);
       }
-    }
-    if (const int unit = static_cast<int>(threadIdx.x); unit < slot.kNumUnits) {
-      const int row = unit / Traits::kNumConsumers;
-      *slot.totals(unit) = make_float4(shared_.total.max[row], shared_.total.sum[row], 1.0F, 0.0F);
     }
   }
 

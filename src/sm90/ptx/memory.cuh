@@ -25,6 +25,21 @@ __device__ __forceinline__ std::uint64_t atomic_add(std::uint64_t* address, std:
   return before;
 }
 
+/// 16 bytes as one: whoever loads them so sees all of a store or nothing.
+__device__ __forceinline__ void store_relaxed(ulonglong2* address, ulonglong2 value) {
+  asm volatile("{\n.reg .b128 v;\nmov.b128 v, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], v;\n}" ::"l"(address),
+               "l"(value.x), "l"(value.y)
+               : "memory");
+}
+__device__ __forceinline__ ulonglong2 load_relaxed(const ulonglong2* address) {
+  ulonglong2 value;
+  asm volatile("{\n.reg .b128 v;\nld.relaxed.gpu.global.b128 v, [%2];\nmov.b128 {%0, %1}, v;\n}"
+               : "=l"(value.x), "=l"(value.y)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+
 /// PTX ISA, "prefetch".
 __device__ __forceinline__ void prefetch_l1(const void* address) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
