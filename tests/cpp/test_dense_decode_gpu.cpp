@@ -196,9 +196,10 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   }
 }
 
-/// Flags are the workspace's first words where a plan is given: of each tile two for each part, and a count for each
-/// part. One that stays up would tell a replayed graph, which has the same token, that a piece is there.
-TEST_F(DenseDecodeGpu, LeavesNoFlagUp) {
+/// What says that a piece is there, or a row's total. If it stays, it tells so to a replayed graph too, which has the same
+/// token. Flags are the workspace's first words where a plan is given: of each tile two for each part, and a count for
+/// each part. Slots follow, in each of which a tile has values, then totals of two words, the second with the token.
+TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
   for (const int num_heads_q : {16, 128}) {
     for (const int batch : {static_cast<int>(kSeqlens.size()), 1}) {
       SCOPED_TRACE(std::to_string(num_heads_q) + " heads, batch " + std::to_string(batch));
@@ -221,6 +222,11 @@ TEST_F(DenseDecodeGpu, LeavesNoFlagUp) {
       // A request of 16 heads that is alone gets a part for each block that the table has room for.
       const std::int64_t parts = batch == 1 && num_heads_q == 16 ? kMaxTokens / 64 : planned_parts;
       const std::int64_t tiles = num_heads_q > 64 ? 2 : 1;
+      const std::int64_t totals = (num_heads_q > 64 ? 64 : 16) * 2;  // of a tile: of each row for each consumer
+      const std::int64_t values = num_heads_q > 64 ? 64 * 512 / 4 : 16 * 512 / 2;  // words: float16, float32
+      const std::int64_t tile_words = values + 2 * totals;
+      const std::int64_t slots = (tiles * 3 * parts + 1) / 2 * 2;
+      ASSERT_EQ(static_cast<std::int64_t>(size / 8), slots + 2 * parts * tiles * tile_words);
       for (int launch = 0; launch < 20; ++launch) {
         dense_decode(args, workspace.data(), size, nullptr);
         ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
@@ -229,6 +235,11 @@ TEST_F(DenseDecodeGpu, LeavesNoFlagUp) {
           for (std::int64_t slot = 0; slot < 2 * parts; ++slot) {
             ASSERT_EQ(words[tile * 3 * parts + slot], 0U)
                 << "launch " << launch << ", tile " << tile << ", slot " << slot;
+            const std::int64_t end = slots + (slot * tiles + tile + 1) * tile_words;
+            for (std::int64_t total = 0; total < totals; ++total) {
+              ASSERT_EQ(words[end - 2 * total - 1], 0U)
+                  << "launch " << launch << ", tile " << tile << ", slot " << slot << ", total " << total;
+            }
           }
         }
       }
