@@ -334,8 +334,8 @@ TEST(MaxWorkspaceSize, AsksForNoDevice) {
   args.num_splits = {};
   const std::size_t unplanned = dense_decode_max_workspace_size(args);
   // 2 KV heads of 128 rows: 4 CTAs a part. 144 SMs take 36 parts, and their plan lies in the workspace.
-  // A tile of 64 rows has values in float16, and three floats for each row of 8 warps with 16 rows each.
-  const std::size_t tile = 64 * 512 * sizeof(std::uint16_t) + std::size_t{8} * 16 * 3 * sizeof(float);
+  // A tile of 64 rows has values in float16, and 16 bytes for each row of two consumers.
+  const std::size_t tile = 64 * 512 * sizeof(std::uint16_t) + std::size_t{64} * 2 * 16;
   EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + std::size_t{2} * 36 * 4 * tile);
 }
 
