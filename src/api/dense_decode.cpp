@@ -100,7 +100,7 @@ Work divide_work(const DenseDecodeArguments& args, const DenseDecodeShape& shape
 
 Workspace lay_out_workspace(const DenseDecodeShape& shape, const Work& work) {
   const auto align = [](std::size_t bytes) {
-    return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+    return (bytes + sm90::kSlotAlignment - 1) / sm90::kSlotAlignment * sm90::kSlotAlignment;
   };
   const auto num_parts = static_cast<std::size_t>(work.num_parts);
   const std::size_t num_tiles = static_cast<std::size_t>(work.tiling.num_tiles * shape.num_heads_k);
@@ -112,7 +112,8 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, const Work& work) {
   return workspace;
 }
 
-/// A number that no other launch of this process has, and that memory of any origin holds with negligible probability.
+/// A number that no other launch of this process has, and that memory of any origin holds with negligible probability;
+/// its low 56 bits are not 0.
 std::uint64_t next_launch_token() {
   static std::atomic<std::uint64_t> counter{[] {
     std::random_device random;
@@ -123,7 +124,7 @@ std::uint64_t next_launch_token() {
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9U;
   z = (z ^ z >> 27) * 0x94d049bb133111ebU;
   z ^= z >> 31;
-  return z != 0 ? z : 1;
+  return z << 8 != 0 ? z : 1;
 }
 
 /// Whether the caller has given memory for what no call does without.

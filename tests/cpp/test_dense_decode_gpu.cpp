@@ -196,51 +196,70 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   }
 }
 
-/// What says that a piece is there, or a row's total. If it stays, it tells so to a replayed graph too, which has the same
-/// token. Flags are the workspace's first words where a plan is given: of each tile two for each part, and a count for
-/// each part. Slots follow, in each of which a tile has values, then totals of two words, the second with the token.
+/// What says that a piece is there, or a row's total. If it stays, it tells so to a replayed graph too, which has the
+/// same token. Flags are the workspace's first words where a plan is given: of each tile two for each part, and a count
+/// for each part. Slots follow, in each of which a tile has values, then totals of two words, the second with the
+/// token.
 TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
-  for (const int num_heads_q : {16, 128}) {
-    for (const int batch : {static_cast<int>(kSeqlens.size()), 1}) {
-      SCOPED_TRACE(std::to_string(num_heads_q) + " heads, batch " + std::to_string(batch));
-      HostCase host(Extents{num_heads_q, 1, 64, false});
-      if (batch == 1) host.cache_seqlens[0] = 777;  // few pieces, so that other CTAs merge too
-      DeviceCase device(host);
-      DenseDecodeArguments& args = device.args;
-      for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
-        tensor->shape[0] = batch;
-      }
-      const std::int64_t planned_parts = dense_decode_num_sm_parts(num_heads_q, 1, kGpu);
-      const OnDevice<std::int32_t> metadata(std::vector<std::int32_t>(planned_parts * kTileSchedulerMetadataSize));
-      const OnDevice<std::int32_t> num_splits(std::vector<std::int32_t>(batch + 1));
-      args.tile_scheduler_metadata =
-          make_tensor(metadata.data(), DType::kInt32, kGpu, planned_parts, kTileSchedulerMetadataSize);
-      args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, batch + 1);
-      plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, nullptr);
-      const std::size_t size = dense_decode_workspace_size(args);
-      const OnDevice<std::uint64_t> workspace(std::vector<std::uint64_t>((size + 7) / 8, 0));
-      // A request of 16 heads that is alone gets a part for each block that the table has room for.
-      const std::int64_t parts = batch == 1 && num_heads_q == 16 ? kMaxTokens / 64 : planned_parts;
-      const std::int64_t tiles = num_heads_q > 64 ? 2 : 1;
-      const std::int64_t totals = (num_heads_q > 64 ? 64 : 16) * 2;  // of a tile: of each row for each consumer
-      const std::int64_t values = num_heads_q > 64 ? 64 * 512 / 4 : 16 * 512 / 2;  // words: float16, float32
-      const std::int64_t tile_words = values + 2 * totals;
-      const std::int64_t slots = (tiles * 3 * parts + 1) / 2 * 2;
-      ASSERT_EQ(static_cast<std::int64_t>(size / 8), slots + 2 * parts * tiles * tile_words);
-      for (int launch = 0; launch < 20; ++launch) {
-        dense_decode(args, workspace.data(), size, nullptr);
-        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-        const std::vector<std::uint64_t> words = workspace.to_host();
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
-          for (std::int64_t slot = 0; slot < 2 * parts; ++slot) {
-            ASSERT_EQ(words[tile * 3 * parts + slot], 0U)
-                << "launch " << launch << ", tile " << tile << ", slot " << slot;
-            const std::int64_t end = slots + (slot * tiles + tile + 1) * tile_words;
-            for (std::int64_t total = 0; total < totals; ++total) {
-              ASSERT_EQ(words[end - 2 * total - 1], 0U)
-                  << "launch " << launch << ", tile " << tile << ", slot " << slot << ", total " << total;
-            }
-          }
+  const int batch_of_all = static_cast<int>(kSeqlens.size());
+  constexpr int kManyParts = 160;  // more CTAs than SMs: some compute and others merge
+  struct Case {
+    int num_heads_q;
+    int batch;
+    int num_parts;   // of the plan; 0: as many as are advised
+    bool is_broken;  // the plan contradicts itself
+  };
+  for (const Case& c :
+       {Case{16, batch_of_all, 0, false}, Case{32, batch_of_all, 0, false}, Case{128, batch_of_all, 0, false},
+        Case{16, 1, 0, false}, Case{32, 1, 0, false}, Case{128, 1, 0, false}, Case{16, batch_of_all, kManyParts, false},
+        Case{128, batch_of_all, kManyParts, false}, Case{16, batch_of_all, 0, true},
+        Case{128, batch_of_all, 0, true}}) {
+    SCOPED_TRACE(std::to_string(c.num_heads_q) + " heads, batch " + std::to_string(c.batch) + ", " +
+                 std::to_string(c.num_parts) + " parts" + (c.is_broken ? ", broken plan" : ""));
+    HostCase host(Extents{c.num_heads_q, 1, 64, false});
+    if (c.batch == 1) host.cache_seqlens[0] = 777;  // few pieces, so that other CTAs merge too
+    DeviceCase device(host);
+    DenseDecodeArguments& args = device.args;
+    for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
+      tensor->shape[0] = c.batch;
+    }
+    const std::int64_t planned_parts =
+        c.num_parts > 0 ? c.num_parts : dense_decode_num_sm_parts(c.num_heads_q, 1, kGpu);
+    const OnDevice<std::int32_t> planned(std::vector<std::int32_t>(planned_parts * kTileSchedulerMetadataSize));
+    const OnDevice<std::int32_t> num_splits(std::vector<std::int32_t>(c.batch + 1));
+    args.tile_scheduler_metadata =
+        make_tensor(planned.data(), DType::kInt32, kGpu, planned_parts, kTileSchedulerMetadataSize);
+    args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, c.batch + 1);
+    plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, nullptr);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    std::vector<std::int32_t> rows_of_plan = planned.to_host();
+    for (std::int64_t part = 2; c.is_broken && part < planned_parts; part += 3) {
+      std::int32_t* const row = &rows_of_plan[part * kTileSchedulerMetadataSize];
+      if (row[1] > 0) ++row[5];  // begins within a request; which part begins that
+    }
+    const OnDevice<std::int32_t> metadata(rows_of_plan);
+    args.tile_scheduler_metadata.data = metadata.data();
+    const std::size_t size = dense_decode_workspace_size(args);
+    const OnDevice<std::uint64_t> workspace(std::vector<std::uint64_t>((size + 7) / 8, 0));
+    // A request of few heads that is alone gets a part for each block that the table has room for.
+    const std::int64_t parts = c.batch == 1 && c.num_heads_q <= 32 ? kMaxTokens / 64 : planned_parts;
+    const std::int64_t rows = c.num_heads_q > 32 ? 64 : c.batch == 1 ? 16 : c.num_heads_q;
+    const std::int64_t tiles = c.num_heads_q / rows;
+    const std::int64_t totals = rows * 2;                           // of a tile: of each row for each consumer
+    const std::int64_t values = rows * 512 / (rows == 64 ? 4 : 2);  // words: float16, float32
+    const std::int64_t tile_words = values + 2 * totals;
+    const std::int64_t slots = (tiles * 3 * parts + 15) / 16 * 16;  // they begin at a line
+    ASSERT_EQ(static_cast<std::int64_t>(size / 8), slots + 2 * parts * tiles * tile_words);
+    for (int launch = 0; launch < 10; ++launch) {
+      dense_decode(args, workspace.data(), size, nullptr);
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      const std::vector<std::uint64_t> words = workspace.to_host();
+      for (std::int64_t slot = 0; slot < 2 * parts * tiles; ++slot) {
+        ASSERT_EQ(words[slot / (2 * parts) * 3 * parts + slot % (2 * parts)], 0U)
+            << "launch " << launch << ", flag " << slot;
+        const std::int64_t end = slots + (slot + 1) * tile_words;
+        for (std::int64_t total = 0; total < totals; ++total) {
+          ASSERT_EQ(words[end - 2 * total - 1], 0U) << "launch " << launch << ", slot " << slot << ", total " << total;
         }
       }
     }

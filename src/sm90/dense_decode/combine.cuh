@@ -1,8 +1,5 @@
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include <cmath>
 #include <cstdint>
 
 #include "sm90/dense_decode/epilogue.cuh"
@@ -24,12 +21,12 @@
 
 namespace flash_mla::sm90 {
 
-/// The flags of one tile of one KV head. A flag holds the launch's token once its piece is in the workspace. Tokens are
-/// unique among launches, but a replayed graph launches with the same one again: so the last reader of a request's
-/// flags clears them.
+/// The flags of one tile of one KV head. A flag holds the launch's token once its piece's values are in the workspace.
+/// Tokens are unique among launches, but a replayed graph launches with the same one again: so the last reader of a
+/// request's flags clears them.
 struct TileFlags {
   std::uint64_t* flags;    // (2 * num_parts,): one for each slot
-  std::uint64_t* readers;  // (num_parts,): CTAs that have all pieces of the request that the part begins
+  std::uint64_t* readers;  // (num_parts,): CTAs that have seen all flags of the request that the part begins
 
   __device__ TileFlags(const DenseDecodeParams& params, int tile) {
     flags = params.flags + static_cast<std::int64_t>(tile) * kFlagsPerPart * params.num_parts;
@@ -45,7 +42,6 @@ struct TileFlags {
 };
 
 /// Tells the others which pieces of split requests are in the workspace. By one thread, while the consumers go on.
-template <class Traits>
 __device__ inline void publish_pieces(const DenseDecodeParams& params, const TileFlags& flags, PartPlan& plan,
                                       int part_idx) {
   PieceWalk walk(params, plan.part, part_idx);
@@ -70,13 +66,15 @@ __device__ inline void clear_flags(const TileFlags& flags, const PartPlan& plan,
     std::uint64_t readers = 0;
     if (threadIdx.x % 32 == 0) readers = ptx::atomic_add(&flags.readers[split.first_part], 1);
     if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < split.num_slices) continue;
+#pragma unroll 1
     for (int piece = threadIdx.x % 32; piece < split.num_pieces; piece += 32) flags.flags[split.slot(piece)] = 0;
   }
 }
 
-/// Merges one slice of a split request's tile. By all consumer threads. The slice of all pieces comes into shared
-/// memory by bulk copies, which lanes issue as they see the pieces' flags; totals come first, so that weights are there
-/// before the values. Each thread then adds all pieces of some values of a unit: as few as let all warps take part.
+/// Merges one slice of a split request's tile. By all consumer threads. Half of their warps take the totals of the
+/// slice's rows, as these announce themselves, and find weights, before the values are there. The other half's lanes
+/// bring values into shared memory by bulk copies, which they issue as they see the pieces' flags. Each thread then
+/// adds all pieces of some values of a unit: as few as let most warps take part.
 ///
 /// All of this runs once, so what counts is how many instructions follow on one another.
 template <class Traits>
@@ -86,7 +84,8 @@ class Combine {
   using Value = typename Slot::Value;
   static constexpr int kWarps = Traits::kConsumerWarps;
   static constexpr int kLastWarp = kWarps - 1;
-  static constexpr int kWeighingWarps = kWarps / 2;  // the others load
+  static constexpr int kWeighingWarps = kWarps / 2;
+  static constexpr int kLoadingWarps = kWarps - kWeighingWarps;
 
   /// Units of a tile.
   struct Slice {
@@ -125,7 +124,7 @@ class Combine {
   static constexpr int kMinSharedBytes = max_shared_bytes();
 
   /// `shared`: shared memory that nothing else uses any more once all consumers are here, aligned to 16 bytes.
-  /// `barriers`: what nothing else uses.
+  /// `barriers`: not used before; clear_flags waits for `seen`.
   __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, unsigned char* shared,
                      MergeBarriers& barriers)
       : params_(params),
@@ -153,7 +152,7 @@ class Combine {
       if (threadIdx.x % 32 == 0 && warp() == kWeighingWarps) {
         ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
       }
-      for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * (kWarps - kWeighingWarps)) {
+      for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * kLoadingWarps) {
         place(split.request, slice, row);
       }
       load(split, slice, seen);
@@ -186,9 +185,8 @@ class Combine {
   }
 
   /// Waits for some of the pieces, a lane for each, and brings their share of the slice. A warp's pieces follow one
-  /// another, so that it asks for a line of flags and not for one each: all CTAs of a tile ask for the same ones.
+  /// another, so that it asks for one line for eight flags and not for one each: all CTAs of a tile ask for the same.
   __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice, std::uint64_t& seen) const {
-    constexpr int kLoadingWarps = kWarps - kWeighingWarps;
     const int of_warp = (split.num_pieces + kLoadingWarps - 1) / kLoadingWarps;
     const int begin = (warp() - kWeighingWarps) * of_warp;
     const int end = min(begin + of_warp, split.num_pieces);
@@ -270,6 +268,7 @@ class Combine {
   }
 
   __device__ __forceinline__ void write_lse(int num_rows) const {
+#pragma unroll 1
     for (int row = lane(); row < num_rows; row += 32) {
       const Result& result = results_[row];
       if (result.lse != nullptr) *result.lse = log_sum_exp(result.max, result.sum);

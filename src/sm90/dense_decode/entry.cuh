@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
       find_splits(params, role.part_idx, shared.plan);
       const TileFlags flags(params, tile.index(params.tiling, head_k));
       if (role.computes && threadIdx.x % 32 == 0) {
-        publish_pieces<Traits>(params, flags, shared.plan, role.part_idx);
+        publish_pieces(params, flags, shared.plan, role.part_idx);
       }
       __syncwarp();
       if (role.merges) clear_flags(flags, shared.plan, shared.merge_barriers);

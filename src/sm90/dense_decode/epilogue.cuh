@@ -100,7 +100,7 @@ class Epilogue {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const Total total{row_max[r] * params_.softmax_scale_log2, row_sum[r], scale[r].scale};
-      ulonglong2* const to = slot.totals(slot.unit(row[r], consumer)) + row[r] % 2;
+      ulonglong2* const to = slot.totals(slot.unit(row[r], consumer)) + row[r] % Traits::kRowsOfUnit;
       if (threadIdx.x % 4 == 0) total.announce(to, params_.token);
     }
 #pragma unroll

@@ -44,10 +44,11 @@ struct MergeBarriers {
 /// In shared memory.
 struct PartPlan {
   scheduler::Part part;
-  /// The request that the part continues, and the one that it begins and does not end.
+  /// The request that the part continues, or helps to merge without a piece of it, and the one that it begins and does
+  /// not end.
   SplitRequest splits[2];
   std::uint64_t splits_ready;  // an mbarrier for one arrival
-  /// One for an arrival by each consumer thread: the piece of each split is in the workspace.
+  /// One for an arrival by each consumer thread: the piece of each split is in the workspace, if somebody reads it.
   std::uint64_t piece_written[2];
 
   /// Whether the piece that goes to a slot is read by somebody. Known once splits are ready. One that nobody reads must

@@ -21,9 +21,9 @@
 
 namespace flash_mla::sm90 {
 
-/// What is known of a row before its values are written. It announces itself: the launch's token is in it, and its 16
-/// bytes are read and written as one. A row's total has one reader, who clears it, as a replayed graph launches with
-/// the same token.
+/// What is known of a unit's row before its values are written. It announces itself: 56 bits of the launch's token are
+/// in it, and its 16 bytes are read and written as one. It has one reader, who clears it, as a replayed graph launches
+/// with the same token.
 struct Total {
   float max;    // of the row's scores times softmax_scale_log2
   float sum;    // of exp2(score - max), 0 where the row saw no key
@@ -40,7 +40,7 @@ struct Total {
     do {
       value = ptx::load_relaxed(from);
     } while ((value.y ^ token) << (64 - kTokenBits) != 0);
-    from->y = 0;
+    ptx::store_relaxed(from, {0, 0});
     const auto exponent = static_cast<std::uint32_t>((value.y ^ token) >> kTokenBits);
     return {__uint_as_float(static_cast<std::uint32_t>(value.x)),
             __uint_as_float(static_cast<std::uint32_t>(value.x >> 32)), __uint_as_float(exponent << 23)};
@@ -59,7 +59,8 @@ struct SlotTile {
   static constexpr int kUnitValues = kRowsOfUnit * Traits::kColumnsPerConsumer;
   static constexpr int kUnitBytes = kUnitValues * sizeof(Value);
   static constexpr int kBytes = slot_bytes(Traits::kRows);
-  static_assert(kNumUnits * (kUnitBytes + kRowsOfUnit * sizeof(ulonglong2)) == kBytes, "values and totals");
+  static_assert(kTotalBytes == sizeof(ulonglong2) && kBytes % kSlotAlignment == 0);
+  static_assert(kNumUnits * (kUnitBytes + kRowsOfUnit * kTotalBytes) == kBytes, "values and totals");
 
   unsigned char* begin;
 

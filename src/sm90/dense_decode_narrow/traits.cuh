@@ -7,7 +7,7 @@
 namespace flash_mla::sm90 {
 
 /// Constants of the kernel for tiles of few query rows. MMAs have tokens as M and query rows as N, so that rows are
-/// padded to kRows and not to 64; the shared memory that Q does not need holds more of the KV cache.
+/// padded to kRows and not to 64.
 template <class Element, int kRows_>
 struct NarrowTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;

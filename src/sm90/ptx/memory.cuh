@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// Global memory between CTAs: PTX ISA, "ld", "st", "atom" with .acquire and .release.
+// Global memory between CTAs: PTX ISA, "ld", "st", "atom" with .relaxed, .acquire and .release.
 
 namespace flash_mla::ptx {
 

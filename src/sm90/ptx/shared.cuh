@@ -37,20 +37,6 @@ __device__ __forceinline__ float4 load_shared_v4(std::uint32_t address) {
   return value;
 }
 
-__device__ __forceinline__ float2 load_shared_v2(std::uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ void store_shared_f32(std::uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-__device__ __forceinline__ float load_shared_f32(std::uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
 /// Orders this thread's ordinary accesses of shared memory before what the async proxy (wgmma, bulk copies) does with
 /// it after a later barrier. PTX ISA, "membar / fence", proxy fences.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
