@@ -16,7 +16,7 @@ _PEER_STYLES = (("#0b5394", "s"), ("#3d8b37", "^"), ("#e08e0b", "D"), ("#6a6a6a"
 _SAME_INTENSITY = 1.13  # nearer points share a column of labels
 _DODGE = 1.035  # peers are drawn beside our point, not on it
 _LABEL_GAP = 0.034  # between labels, of the axes' height
-_MOST_PERCENT = 350.0  # what of a bar is drawn
+_MOST_PERCENT = 500.0  # what of a bar is drawn
 _UNITS = ((1e6, "s"), (1e3, "ms"), (1.0, "us"))
 
 
