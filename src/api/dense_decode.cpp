@@ -107,7 +107,7 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, const Work& work) {
   const std::size_t slot_tiles = 2 * num_parts * num_tiles;
   Workspace workspace{};
   workspace.flags = shape.num_sm_parts > 0 ? 0 : num_parts * sizeof(scheduler::Part);
-  workspace.slots = align(workspace.flags + num_tiles * sm90::kFlagsPerPart * num_parts * sizeof(std::uint64_t));
+  workspace.slots = align(workspace.flags + num_tiles * sm90::kWordsPerPart * num_parts * sizeof(std::uint64_t));
   workspace.size = workspace.slots + slot_tiles * static_cast<std::size_t>(sm90::slot_bytes(work.tiling.rows));
   return workspace;
 }

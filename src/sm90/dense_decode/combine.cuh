@@ -29,7 +29,7 @@ struct TileFlags {
   std::uint64_t* readers;  // (num_parts,): CTAs that have seen all flags of the request that the part begins
 
   __device__ TileFlags(const DenseDecodeParams& params, int tile) {
-    flags = params.flags + static_cast<std::int64_t>(tile) * kFlagsPerPart * params.num_parts;
+    flags = params.flags + static_cast<std::int64_t>(tile) * kWordsPerPart * params.num_parts;
     readers = flags + 2 * params.num_parts;
   }
   /// By one thread, after all threads of the piece have written and synchronised, and with the splits found. Only where
@@ -86,6 +86,7 @@ class Combine {
   static constexpr int kLastWarp = kWarps - 1;
   static constexpr int kWeighingWarps = kWarps / 2;
   static constexpr int kLoadingWarps = kWarps - kWeighingWarps;
+  static_assert(kWeighingWarps == kLoadingWarps, "what MergeBarriers counts");
 
   /// Units of a tile.
   struct Slice {
@@ -146,10 +147,10 @@ class Combine {
     ptx::fence_proxy_async();
     sync();  // shared memory is free
     if (warp() < kWeighingWarps) {
-      gather(split, slice);
+      gather(split, slice, num_rows);
       weigh(num_rows, n);
     } else {
-      if (threadIdx.x % 32 == 0 && warp() == kWeighingWarps) {
+      if (lane() == 0 && warp() == kWeighingWarps) {
         ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
       }
       for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * kLoadingWarps) {
@@ -211,9 +212,8 @@ class Combine {
   }
 
   /// Brings the totals of the slice's rows, as they come, into shared memory. By the threads that weigh.
-  __device__ __forceinline__ void gather(const SplitRequest& split, const Slice& slice) {
+  __device__ __forceinline__ void gather(const SplitRequest& split, const Slice& slice, int num_rows) {
     const int n = split.num_pieces;
-    const int num_rows = slice.count * Slot::kRowsOfUnit;
     const int tile = tile_.index(params_.tiling, head_k_);
 #pragma unroll 1
     for (int i = threadIdx.x; i < n * num_rows; i += 32 * kWeighingWarps) {

@@ -8,7 +8,6 @@
 #include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
-#include "sm90/ptx/barrier.cuh"
 
 namespace flash_mla::sm90 {
 

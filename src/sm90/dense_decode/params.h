@@ -16,7 +16,7 @@ constexpr int kMinClusterSize = 2;
 constexpr int kMaxClusterSize = 8;
 
 /// Words of a part for each tile of query rows and each KV head, two flags and a count: see combine.cuh.
-constexpr int kFlagsPerPart = 3;
+constexpr int kWordsPerPart = 3;
 
 /// Consumer warpgroups of a CTA. Each has half of O's columns, in tiles of any number of rows.
 constexpr int kNumConsumers = 2;
@@ -24,7 +24,7 @@ constexpr int kNumConsumers = 2;
 /// What a piece of a split request leaves for a tile: O, in float16 for tiles of 64 rows and else in float32, and a
 /// total for each row of each consumer. slot.cuh draws it.
 constexpr int kTotalBytes = 16;
-constexpr int kSlotAlignment = 128;  // so that what a warp stores is whole lines
+constexpr int kSlotAlignment = 128;  // lines, as a warp stores them, where the workspace begins at one
 constexpr int slot_bytes(int rows) {
   const int value_bytes = static_cast<int>(rows == kBlockM ? sizeof(std::uint16_t) : sizeof(float));
   return rows * kHeadDimV * value_bytes + rows * kNumConsumers * kTotalBytes;
@@ -70,7 +70,7 @@ struct DenseDecodeParams {
   // Results of pieces of split requests, two slots a part: 2 * part for a piece that continues a request, 2 * part + 1
   // for one that begins it.
   unsigned char* slots;  // (2 * num_parts, num_heads_k, num_tiles, slot_bytes(tiling.rows))
-  std::uint64_t* flags;  // (num_heads_k, num_tiles, kFlagsPerPart * num_parts); contents arbitrary at the start
+  std::uint64_t* flags;  // (num_heads_k, num_tiles, kWordsPerPart * num_parts); contents arbitrary at the start
   std::uint64_t token;   // unique to this launch; its low 56 bits, which totals hold, are never 0
 };
 

@@ -102,7 +102,7 @@ __device__ __forceinline__ SplitRequest continued_split(const scheduler::Part& p
   return {part.begin_request, part.first_part, num_pieces, num_pieces};
 }
 
-/// A function, so that this code, most of the kernel's, is not in the way of what runs in every launch. By one warp.
+/// A function, so that this code, a third of the kernel's, is not in the way of what runs in every launch. By one warp.
 static __device__ __noinline__ void plan_part_of_large_batch(const DenseDecodeParams& params, int part_idx,
                                                              PartPlan& plan) {
   std::int32_t pieces;

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
