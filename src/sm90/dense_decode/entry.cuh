@@ -55,12 +55,15 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
       __syncwarp();
       if (role.merges) clear_flags(flags, shared.plan, shared.merge_barriers);
     }
-  } else {
+  } else if (warpgroup < Traits::kNumConsumers) {
     ptx::increase_registers<Traits::kConsumerRegisters>();
     if (const CtaRole role(params); role.computes) {
       Kernel::consume(params, shared, tile, head_k, role.part_idx, warpgroup);
     }
     if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
+  } else if constexpr (Traits::kNumScorers > 0) {
+    ptx::increase_registers<Traits::kScorerRegisters>();
+    if (const CtaRole role(params); role.computes) Kernel::score(params, shared, tile, head_k, role.part_idx);
   }
 }
 

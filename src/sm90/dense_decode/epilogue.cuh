@@ -80,7 +80,7 @@ class Epilogue {
 #pragma unroll
     for (int half = 0; half < 2; ++half) write_half<kRow>(row + half * 128, at.is_valid, o[half], inverse);
     if (first_column_ == 0 && at.is_valid && threadIdx.x % 4 == 0) {
-      output.write_lse(at, row_max * params_.softmax_scale_log2, row_sum);
+      output.write_lse(at, row_max, row_sum);
     }
   }
 
@@ -98,7 +98,7 @@ class Epilogue {
     const int row[2] = {fragment_row(), fragment_row() + 8};
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const Total total{row_max[r] * params_.softmax_scale_log2, row_sum[r], scale[r].scale};
+      const Total total{row_max[r], row_sum[r], scale[r].scale};
       ulonglong2* const to = slot.totals(slot.unit(row[r], consumer)) + row[r] % Traits::kRowsOfUnit;
       if (threadIdx.x % 4 == 0) total.announce(to, params_.token);
     }

@@ -7,6 +7,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_load.cuh"
+#include "sm90/dense_decode/scorer.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -22,47 +23,58 @@ struct DenseDecodeKernel {
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
     constexpr int kWarps = Traits::kWarpgroupWarps;
+    // Not by a lane for each: barriers are initialised one at a time all the same.
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kNumConsumers * kWarps);
-      for (auto& barrier : shared.exchange_full) {
-        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
-      }
+      init(shared.q_empty, kWarps);
+      init(shared.qk_done, kWarps);
+      init(shared.rows_taken, Traits::kConsumerWarps);
+      for (auto& barrier : shared.rope_full) init(barrier, 1);
+      for (auto& barrier : shared.rope_empty) init(barrier, Traits::kConsumerWarps);
+      for (auto& barrier : shared.p_full) init(barrier, Traits::kWarpgroupThreads);
+      for (auto& barrier : shared.rescale_full) init(barrier, Traits::kWarpgroupThreads / 4);
       ptx::fence_mbarrier_init();
     }
-    // Not by a lane for each: barriers are initialised one at a time all the same.
     if (threadIdx.x == 32) {
-      for (auto& buffer : shared.kv_full) {
-        for (auto& barrier : buffer) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
-      }
+      for (auto& barrier : shared.pair_full) init(barrier, 1);
       ptx::fence_mbarrier_init();
     }
     if (threadIdx.x == 64) {
-      for (auto& buffer : shared.kv_empty) {
-        for (auto& barrier : buffer) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarps);
-      }
+      for (auto& barrier : shared.pair_empty) init(barrier, kWarps);
       ptx::fence_mbarrier_init();
     }
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// A consumer's walk over the part's pieces.
+  /// The scorer's walk over the part's pieces.
+  __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+                                               int head_k, int part_idx) {
+    Scorer<Traits> scorer(params, shared);
+    PieceWalk walk(params, shared.plan.part, part_idx);
+    Piece piece;
+    while (walk.next(piece)) {
+      if (piece.begin_block == piece.end_block) continue;
+      const auto limit = [&](int row) {
+        return RowCoordinate(params, tile, head_k, row).limit(params, piece.seqlen_k);
+      };
+      scorer.run(piece, {limit(scorer.row()), limit(scorer.row() + 8)}, limit(0));
+    }
+  }
+
+  /// A consumer's walk over them.
   __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
-    Consumer<Traits> consumer(params, shared, warpgroup);
-    const RowCoordinate rows[2] = {{params, tile, head_k, fragment_row()}, {params, tile, head_k, fragment_row() + 8}};
-    const RowCoordinate first_row(params, tile, head_k, 0);
+    Consumer<Traits> consumer(shared, warpgroup);
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
     while (walk.next(piece)) {
       consumer.reset();
-      if (piece.begin_block < piece.end_block) {
-        const int limits[2] = {rows[0].limit(params, piece.seqlen_k), rows[1].limit(params, piece.seqlen_k)};
-        consumer.run(piece, limits, first_row.limit(params, piece.seqlen_k));
-      }
+      if (piece.begin_block < piece.end_block) consumer.run(piece);
       const Epilogue<Traits> epilogue(params, piece, warpgroup);
       if (piece.is_whole) {
-        epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
-        epilogue.template write_final<1>(rows[1], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
+        epilogue.template write_final<0>({params, tile, head_k, fragment_row()}, consumer.o, consumer.row_max[0],
+                                         consumer.row_sum[0]);
+        epilogue.template write_final<1>({params, tile, head_k, fragment_row() + 8}, consumer.o, consumer.row_max[1],
+                                         consumer.row_sum[1]);
       } else {
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         if (shared.plan.is_read(piece.slot)) {
@@ -73,7 +85,8 @@ struct DenseDecodeKernel {
     }
   }
 
-  /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
+  /// The producers' walk over them: the first warp fills the rings, a thread of the second one loads what of Q stays in
+  /// shared memory.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
     if (!role.computes) return;
@@ -82,9 +95,14 @@ struct DenseDecodeKernel {
       if (!producer.is_active()) return;
       PieceWalk walk(params, shared.plan.part, role.part_idx);
       Piece piece;
-      while (walk.next(piece)) producer.load_piece(piece, head_k);
+      while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
     }
     if (warp == 1 && threadIdx.x % 32 == 0) produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
+  }
+
+ private:
+  __device__ static void init(std::uint64_t& barrier, int arrivals) {
+    ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
   }
 };
 

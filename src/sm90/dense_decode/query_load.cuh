@@ -10,15 +10,24 @@
 
 namespace flash_mla::sm90 {
 
-/// Issues the copies of a tile of Q, nine chunks of Traits::kRows rows at `q`. By one thread.
+/// Issues the copy of a chunk of a tile of Q, of which `barrier` is told. By one thread.
+template <class Traits>
+__device__ void load_query_chunk(const DenseDecodeParams& params, std::uint32_t destination, std::uint32_t barrier,
+                                 int chunk, int request, const QueryTile& tile, int head_k) {
+  ptx::tma_load_4d(destination, &params.q_map, barrier, chunk * Traits::kChunkColumns,
+                   head_k * params.tiling.group_size + tile.head, tile.query, request);
+}
+
+/// Issues the copies of the chunks of a tile of Q that stay in shared memory, each of Traits::kRows rows, at `q`. By
+/// one thread.
 template <class Traits>
 __device__ void load_query(const DenseDecodeParams& params, std::uint32_t q, std::uint32_t barrier, int request,
                            const QueryTile& tile, int head_k) {
-  const int head = head_k * params.tiling.group_size + tile.head;
-  ptx::mbarrier_arrive_expect(barrier, Traits::kNumChunks * params.tiling.rows_per_tile() * Traits::kRowBytes);
-  for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
-    ptx::tma_load_4d(q + chunk * Traits::kRows * Traits::kRowBytes, &params.q_map, barrier,
-                     chunk * Traits::kChunkColumns, head, tile.query, request);
+  ptx::mbarrier_arrive_expect(barrier,
+                              Traits::kNumSharedQueryChunks * params.tiling.rows_per_tile() * Traits::kRowBytes);
+  for (int i = 0; i < Traits::kNumSharedQueryChunks; ++i) {
+    load_query_chunk<Traits>(params, q + i * Traits::kRows * Traits::kRowBytes, barrier, Traits::shared_query_chunk(i),
+                             request, tile, head_k);
   }
 }
 
@@ -30,14 +39,15 @@ __device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32
   const int first = params.tiling.rows_per_tile() * Traits::kRowBytes / kVectorBytes;
   if (first == kVectors) return;
   for (int i = first + thread; i < kVectors; i += num_threads) {
-    for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+    for (int chunk = 0; chunk < Traits::kNumSharedQueryChunks; ++chunk) {
       ptx::store_shared_v4(q + (chunk * kVectors + i) * kVectorBytes, 0, 0, 0, 0);
     }
   }
   ptx::fence_proxy_async();
 }
 
-/// Loads Q of each piece. By one thread of another warp, so that KV goes on arriving while consumers end a piece.
+/// Loads the chunks of Q that stay in shared memory, for each piece. By one thread of another warp, so that KV goes on
+/// arriving while consumers end a piece.
 template <class Traits, class Storage>
 __device__ void produce_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile, int head_k,
                               int part_idx) {

@@ -33,29 +33,43 @@ struct TileTraits {
   static constexpr int kNumConsumers = sm90::kNumConsumers;
   static constexpr int kColumnsPerConsumer = kHeadDimV / kNumConsumers;
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
-  static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  static constexpr int kSplitsWarp = kNumThreads / 32 - 1;
+  static constexpr int kSplitsWarp = kConsumerWarps + kWarpgroupWarps - 1;
+  /// A warpgroup of its own for scores, behind the producers: 0 or 1.
+  static constexpr int kNumScorers = 0;
+  static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
+
+  /// Chunks of Q that stay in shared memory, and which ones these are.
+  static constexpr int kNumSharedQueryChunks = kNumChunks;
+  __device__ static constexpr int shared_query_chunk(int i) { return i; }
 };
 
-/// Constants of the kernel for tiles of 64 query rows. Interleaved, half of the PV on the other's block comes between
-/// two parts of QK: its memory is free earlier, and the softmax has less of PV to hide behind.
-template <class Element, bool kInterleaves_>
+/// Constants of the kernel for tiles of 64 query rows.
+template <class Element>
 struct DenseDecodeTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;
-  static constexpr bool kInterleaves = kInterleaves_;
 
   static constexpr int kRows = kBlockM;
-  static constexpr int kConsumerRegisters = 232;
-  static constexpr int kProducerRegisters = 40;
+  static constexpr int kNumScorers = 1;
+  static constexpr int kNumThreads = Base::kNumThreads + Base::kWarpgroupThreads;
+  static constexpr int kConsumerRegisters = 160;
+  static constexpr int kScorerRegisters = 160;
+  static constexpr int kProducerRegisters = 32;
 
-  static constexpr int kTileBytes = Base::kNumChunks * Base::kChunkBytes;
-  static constexpr int kNumBuffers = 2;
-  /// Chunks of a KV buffer are freed and refilled in pairs 0 to 3 (V) and alone (RoPE).
-  static constexpr int kNumPairs = Base::kNumVChunks / 2 + 1;
-  static constexpr int kRopePair = kNumPairs - 1;
+  static constexpr int kTileBytes = Base::kChunkBytes;  // of 64 rows and 64 columns: chunks of Q and of KV, and P
+  /// Chunks of V are loaded and freed in pairs.
+  static constexpr int kPairBytes = 2 * Base::kChunkBytes;
+  static constexpr int kPairsPerBlock = Base::kNumVChunks / 2;
+  static constexpr int kPairsPerConsumer = kPairsPerBlock / Base::kNumConsumers;
+  /// Slots of the ring of pairs, and of that of RoPE chunks, each of which the block's P then takes the place of.
+  static constexpr int kPairSlots = 11;
+  static constexpr int kRopeSlots = 3;
 
-  static_assert(kRows == Base::kBlockN, "Q tiles and KV tiles have one layout");
+  /// Q: RoPE and the first pair stay in shared memory; the other pairs come through the ring, and go to registers.
+  static constexpr int kNumSharedQueryChunks = 3;
+  __device__ static constexpr int shared_query_chunk(int i) { return (i + Base::kRopeChunk) % Base::kNumChunks; }
+  static constexpr int kFirstRegisterPair = 1;
+  static constexpr int kNumRegisterPairs = kPairsPerBlock - kFirstRegisterPair;
 
   /// A unit of a piece in the workspace, and the row and the column, of a consumer's, of its value i. Eight in a row
   /// are one thread's, and 64 those of two rows' threads, so that a warp writes whole lines.
@@ -65,29 +79,32 @@ struct DenseDecodeTraits : TileTraits<Element> {
   __device__ static constexpr int unit_column(int i) { return i / 64 * 32 + i / 2 % 4 * 8 + i / 8 % 4 * 2 + i % 2; }
 };
 
-/// What a thread hands to its counterpart in the other warpgroup after a block's softmax, in 16-byte vectors: its P
-/// fragment, and for each of its two rows the factor that sums and outputs so far are to be multiplied with, and the
-/// running maximum. At the end of a piece, row sums.
-struct Exchange {
-  static constexpr int kPVectors = 4;
-  static constexpr int kVectors = kPVectors + 1;
-};
-
 template <class Traits>
 struct alignas(1024) SharedStorage {
   /// The tiles' memory, where split requests are merged in the end.
-  static constexpr int kMergeBytes = (1 + Traits::kNumBuffers) * Traits::kTileBytes;
+  static constexpr int kMergeBytes = Traits::kNumSharedQueryChunks * Traits::kTileBytes +
+                                     Traits::kPairSlots * Traits::kPairBytes + Traits::kRopeSlots * Traits::kTileBytes;
 
-  unsigned char q[Traits::kTileBytes];
-  unsigned char kv[Traits::kNumBuffers][Traits::kTileBytes];
-  uint4 exchange[Exchange::kVectors][Traits::kWarpgroupThreads];
-  std::uint64_t exchange_full[Traits::kNumConsumers];
+  unsigned char q[Traits::kNumSharedQueryChunks][Traits::kTileBytes];
+  unsigned char pairs[Traits::kPairSlots][Traits::kPairBytes];
+  unsigned char ropes[Traits::kRopeSlots][Traits::kTileBytes];  // RoPE of a block until its QK is done, then its P
+  /// For each P, what outputs so far are to be multiplied with, and after a piece's last P its maxima and sums.
+  float rescale[Traits::kRopeSlots][Traits::kRows];
+  float row_max[Traits::kRows];
+  float row_sum[Traits::kRows];
+  int row_limit[Traits::kRows];  // tokens of the request that a row sees
   PartPlan plan;
   MergeBarriers merge_barriers;
   std::uint64_t q_full;
   std::uint64_t q_empty;
-  std::uint64_t kv_full[Traits::kNumBuffers][Traits::kNumChunks];
-  std::uint64_t kv_empty[Traits::kNumBuffers][Traits::kNumPairs];
+  std::uint64_t pair_full[Traits::kPairSlots];
+  std::uint64_t pair_empty[Traits::kPairSlots];
+  std::uint64_t rope_full[Traits::kRopeSlots];
+  std::uint64_t rope_empty[Traits::kRopeSlots];
+  std::uint64_t p_full[Traits::kRopeSlots];
+  std::uint64_t rescale_full[Traits::kRopeSlots];
+  std::uint64_t qk_done;
+  std::uint64_t rows_taken;
 };
 
 /// Named barriers; 0 is __syncthreads.

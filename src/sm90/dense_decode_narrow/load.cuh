@@ -59,7 +59,7 @@ class NarrowProducer {
   __device__ void load_block(int block, const BlockPages& pages, int head_k) {
     const bool has_chunk = lane_ < Traits::kNumChunks;
     const int chunk = lane_ == 0 ? Traits::kRopeChunk : lane_ - 1;
-    const RingPosition<Traits> at = at_ + min(lane_, Traits::kNumChunks);
+    const ChunkRing<Traits> at = at_ + min(lane_, Traits::kNumChunks);
     const std::uint32_t full = kv_full_ + at.slot * sizeof(std::uint64_t);
     if (has_chunk) {
       ptx::mbarrier_wait(kv_empty_ + at.slot * sizeof(std::uint64_t), at.phase ^ 1);
@@ -85,7 +85,7 @@ class NarrowProducer {
   const DenseDecodeParams& params_;
   const int lane_;
   const std::uint32_t kv_, kv_full_, kv_empty_;
-  RingPosition<Traits> at_;
+  ChunkRing<Traits> at_;
 };
 
 }  // namespace flash_mla::sm90

@@ -25,7 +25,7 @@ namespace flash_mla::sm90 {
 template <class Traits>
 class NarrowConsumer {
   using Element = typename Traits::Element;
-  using Ring = RingPosition<Traits>;
+  using Ring = ChunkRing<Traits>;
 
  public:
   __device__ __forceinline__ NarrowConsumer(const DenseDecodeParams& params, NarrowStorage<Traits>& shared,
@@ -65,7 +65,7 @@ class NarrowConsumer {
     const int num_blocks = piece.end_block - piece.begin_block;
 #pragma unroll 1
     for (int own = warpgroup_; own < num_blocks; own += Traits::kNumConsumers) {
-      at_ = Ring::of_block(first_block_ + own);
+      at_ = ring_position_of_block<Traits>(first_block_ + own);
       ptx::wgmma_fence();
       issue_qk();
       ptx::wgmma_wait<0>();

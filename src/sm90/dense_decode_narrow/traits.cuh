@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/ring.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -75,22 +76,15 @@ struct alignas(1024) NarrowStorage {
   std::uint64_t kv_empty[Traits::kNumSlots];
 };
 
-/// A place in the ring of chunks. Blocks take nine slots in a row, RoPE first, then V.
+/// The ring of chunks. Blocks take nine slots in a row, RoPE first, then V.
 template <class Traits>
-struct RingPosition {
-  int slot = 0;
-  std::uint32_t phase = 0;
+using ChunkRing = RingPosition<Traits::kNumSlots>;
 
-  /// Where block number `block` of all that the CTA loads begins.
-  __device__ static RingPosition of_block(unsigned block) {
-    const unsigned chunk = block * Traits::kNumChunks;
-    return {static_cast<int>(chunk % Traits::kNumSlots), chunk / Traits::kNumSlots & 1};
-  }
-  /// `count` slots on, fewer than the ring has.
-  __device__ RingPosition operator+(int count) const {
-    const bool wraps = slot + count >= Traits::kNumSlots;
-    return {slot + count - (wraps ? Traits::kNumSlots : 0), phase ^ (wraps ? 1U : 0U)};
-  }
-};
+/// Where block number `block` of all that the CTA loads begins.
+template <class Traits>
+__device__ __forceinline__ ChunkRing<Traits> ring_position_of_block(unsigned block) {
+  const unsigned chunk = block * Traits::kNumChunks;
+  return {static_cast<int>(chunk % Traits::kNumSlots), chunk / Traits::kNumSlots & 1};
+}
 
 }  // namespace flash_mla::sm90

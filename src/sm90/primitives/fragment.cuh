@@ -21,8 +21,9 @@ __device__ __forceinline__ int fragment_row() { return threadIdx.x % 128 / 32 * 
 /// Which of a thread's two rows register `i` belongs to.
 __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }
 
-/// The column of register `i`.
-__device__ __forceinline__ int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
+/// The first column that thread number `thread` holds values of, and how far from it register `i` is.
+__device__ __forceinline__ int first_column(int thread) { return thread % 4 * 2; }
+__device__ __forceinline__ constexpr int column_from_first(int i) { return i / 4 * 8 + i % 2; }
 
 /// Two values, rounded to nearest even.
 template <class Element>

@@ -1,0 +1,275 @@
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/fragment.cuh"
+#include "sm90/primitives/ring.cuh"
+#include "sm90/primitives/softmax.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/wgmma.cuh"
+
+namespace flash_mla::sm90 {
+
+/// The warpgroup that scores: S = Q K^T and P = softmax(S) of each block. Two thirds of Q are in its registers, which
+/// halves what wgmma reads from shared memory there, and leaves that memory to KV. README.md beside this file draws the
+/// schedule.
+template <class Traits>
+class Scorer {
+  using Element = typename Traits::Element;
+
+ public:
+  __device__ __forceinline__ Scorer(const DenseDecodeParams& params, SharedStorage<Traits>& shared)
+      : softmax_scale_log2_(params.softmax_scale_log2), num_rows_(params.tiling.rows_per_tile()), shared_(shared) {}
+
+  /// The thread's first row. Made anew where it is used: registers are too few to keep it.
+  __device__ __forceinline__ static int row() {
+    std::uint32_t thread = threadIdx.x;
+    ptx::launder(thread);
+    return static_cast<int>(thread % Traits::kWarpgroupThreads / 32 * 16 + thread % 32 / 4);
+  }
+
+  /// P of a piece's blocks, of which there is at least one, then its rows' maxima and sums. `limits`: for each of the
+  /// thread's rows, the number of the request's tokens that it sees; `min_limit`: the least of the tile.
+  __device__ __forceinline__ void run(const Piece& piece, const int (&limits)[kRowsPerThread], int min_limit) {
+    keep_limits(limits);
+    const int first_masked_block = max(min_limit, 0) / Traits::kBlockN;
+    take_query();
+    row_max_[0] = row_max_[1] = kNoMax;
+    row_sum_[0] = row_sum_[1] = 0.0F;
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
+    q_phase_ ^= 1;
+#pragma unroll 1
+    for (int block = piece.begin_block; block < piece.end_block; ++block) {
+      const bool is_first = block == piece.begin_block;
+      const bool is_last = block == piece.end_block - 1;
+      ptx::wgmma_fence();
+      issue_qk(is_first);
+      if (threadIdx.x % 4 == 0) {
+        float* const rescale = &shared_.rescale[rope_.slot][row()];
+        rescale[0] = rescale[8] = 1.0F;
+      }
+      __syncwarp();
+      ptx::wgmma_wait<0>();
+      arrive(shared_.qk_done);
+      if (is_first) give_back_query();
+      if (is_last) arrive(shared_.q_empty);
+      if (block >= first_masked_block) mask(block * Traits::kBlockN, piece.seqlen_k);
+      soften(is_first);
+      if (is_last) {
+        give_rows();
+        hand_over(rope_);
+      }
+      pair_ = pair_ + Traits::kPairsPerBlock;
+      rope_ = rope_ + 1;
+    }
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+
+  /// For a warp.
+  __device__ __forceinline__ static void arrive(std::uint64_t& barrier) {
+    if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+  }
+
+  /// Where this lane points ldmatrix or stmatrix for the first 16 columns of its warp's 16 rows of a swizzled tile; for
+  /// columns 16 `step` to 16 `step` + 15, at(step) of that. Made anew where it is used: registers are too few.
+  __device__ __forceinline__ static std::uint32_t first_matrix(const unsigned char* tile) {
+    std::uint32_t thread = threadIdx.x % Traits::kWarpgroupThreads;
+    ptx::launder(thread);
+    const std::uint32_t row = thread / 32 * 16 + thread % 16;
+    return ptx::shared_address(tile) + row * Traits::kRowBytes + ((thread % 32 / 16 ^ row % 8) << 4);
+  }
+  __device__ __forceinline__ static std::uint32_t matrix_at(std::uint32_t first, int step) { return first ^ step << 5; }
+
+  /// Q's pairs that go to registers, from the ring.
+  __device__ __forceinline__ void take_query() {
+    const int first_row = row();
+#pragma unroll
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_full[pair_.slot]), pair_.phase);
+      const std::uint32_t first = first_matrix(shared_.pairs[pair_.slot]);
+#pragma unroll
+      for (int step = 0; step < 2 * kSteps; ++step) {
+        std::uint32_t(&q)[4] = q_[2 * kSteps * i + step];
+        ptx::load_matrix_x4(matrix_at(first, step % kSteps) + step / kSteps * Traits::kTileBytes, q);
+        if (first_row >= num_rows_) q[0] = q[2] = 0;  // padding
+        if (first_row + 8 >= num_rows_) q[1] = q[3] = 0;
+      }
+      pair_ = pair_ + 1;
+    }
+  }
+  /// When the first QK is done, and so these loads are: an arrival does not wait for ldmatrix, and copies that follow
+  /// it have overtaken some.
+  __device__ __forceinline__ void give_back_query() {
+#pragma unroll
+    for (int i = 1; i <= Traits::kNumRegisterPairs; ++i) {
+      arrive(shared_.pair_empty[(pair_ + (Traits::kPairSlots - i)).slot]);
+    }
+  }
+
+  /// S = Q K^T, in the order in which the chunks come. Those that meet Q in shared memory come first: the last ones
+  /// then leave shared memory to PV. P of the block before, if there is one, is handed over when almost all is issued,
+  /// so that PV runs during this block's softmax, and not beside QK.
+  __device__ __forceinline__ void issue_qk(bool is_first) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
+    issue_shared_chunk(0, ptx::shared_address(shared_.ropes[rope_.slot]), false);
+#pragma unroll
+    for (int i = 0; i < Traits::kPairsPerBlock; ++i) {
+      const RingPosition<Traits::kPairSlots> at = pair_ + i;
+      ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_full[at.slot]), at.phase);
+      const std::uint32_t pair = ptx::shared_address(shared_.pairs[at.slot]);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if (i < Traits::kFirstRegisterPair) {
+          issue_shared_chunk(1 + 2 * i + c, pair + c * Traits::kTileBytes, true);
+        } else {
+          const ptx::SwizzledOperand<16> k(pair + c * Traits::kTileBytes);
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+            ptx::wgmma_m64n64k16<Element>(s_, q_[(2 * (i - Traits::kFirstRegisterPair) + c) * kSteps + step],
+                                          k.at(step * Traits::kStepBytes));
+          }
+        }
+        if (i == Traits::kPairsPerBlock - 1 && c == 0 && !is_first) hand_over(rope_ + (Traits::kRopeSlots - 1));
+      }
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_shared_chunk(int chunk, std::uint32_t k_tile, bool accumulate) {
+    const ptx::SwizzledOperand<16> q(ptx::shared_address(shared_.q[chunk]));
+    const ptx::SwizzledOperand<16> k(k_tile);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      ptx::wgmma_m64n64k16<Element>(s_, q.at(step * Traits::kStepBytes), k.at(step * Traits::kStepBytes),
+                                    accumulate || step != 0);
+    }
+  }
+
+  /// Hides what rows must not see of a block that begins at `begin_token`. Zeroes its V of tokens past the request's
+  /// length: 0 * NaN must not reach O. (Some warp may still be at QK, but the scores of such tokens do not count.)
+  __device__ __forceinline__ void mask(int begin_token, int seqlen_k) {
+    const int* const limits = &shared_.row_limit[row()];
+    std::uint32_t thread = threadIdx.x % Traits::kWarpgroupThreads;
+    ptx::launder(thread);  // registers are too few to keep what follows from it
+    const int first = begin_token + first_column(thread);
+    apply_mask(s_, {limits[0] - first, limits[8] - first});
+    const int live = seqlen_k - begin_token;
+    constexpr int kVectorsPerRow = Traits::kRowBytes / 16;
+    constexpr int kThreadsPerRow = kVectorsPerRow * Traits::kNumVChunks;
+    const int chunk = static_cast<int>(thread) % kThreadsPerRow / kVectorsPerRow;
+    const std::uint32_t column = ptx::shared_address(shared_.pairs[(pair_ + chunk / 2).slot]) +
+                                 chunk % 2 * Traits::kTileBytes + thread % kVectorsPerRow * 16;
+    for (int row = live + static_cast<int>(thread) / kThreadsPerRow; row < Traits::kBlockN;
+         row += Traits::kWarpgroupThreads / kThreadsPerRow) {
+      ptx::store_shared_v4(column + row * Traits::kRowBytes, 0, 0, 0, 0);
+    }
+  }
+
+  /// One step of the online softmax: P of the scores, where the block's RoPE was, and what it rescales. The maximum is
+  /// kept from the blocks before, and looked for only where that makes P large.
+  __device__ __forceinline__ void soften(bool is_first) {
+    float sum[kRowsPerThread];
+#pragma unroll 1
+    for (bool looks = is_first;; looks = true) {
+      if (looks) raise_max();
+      store_p(sum);
+      if (looks || !__any_sync(~0U, sum[0] > kMaxLazySum || sum[1] > kMaxLazySum)) break;
+    }
+    qk_phase_ ^= 1;
+    row_sum_[0] += sum[0];
+    row_sum_[1] += sum[1];
+    if (threadIdx.x % 4 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.rescale_full[rope_.slot]));
+    __syncwarp();
+  }
+  /// Raises the maxima to those of the block, brings the sums to them, and writes what O must be multiplied with.
+  __device__ __forceinline__ void raise_max() {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      float max = s_[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < 32; i += 4) max = fmaxf(max, fmaxf(s_[i], s_[i + 1]));
+      max = fmaxf(row_max_[r], row_reduce_max(max) * softmax_scale_log2_);
+      const float factor = ptx::exp2_approx(row_max_[r] - max);
+      row_max_[r] = max;
+      row_sum_[r] *= factor;
+      if (threadIdx.x % 4 == 0) shared_.rescale[rope_.slot][row() + 8 * r] = factor;
+    }
+  }
+
+  /// P, and the thread's sums of it.
+  __device__ __forceinline__ void store_p(float (&sum)[kRowsPerThread]) {
+    const std::uint32_t first = first_matrix(shared_.ropes[rope_.slot]);
+    sum[0] = sum[1] = 0.0F;
+#pragma unroll
+    for (int group = 0; group < kSteps / 2; ++group) {
+      float p[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        p[i] = ptx::exp2_approx(fmaf(s_[16 * group + i], softmax_scale_log2_, -row_max_[row_of(i)]));
+      }
+      if (group == 0) ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_done), qk_phase_);  // all have read RoPE
+#pragma unroll
+      for (int i = 0; i < 16; i += 8) {
+        ptx::store_matrix_x4(matrix_at(first, 2 * group + i / 8), pack<Element>(p[i], p[i + 1]),
+                             pack<Element>(p[i + 2], p[i + 3]), pack<Element>(p[i + 4], p[i + 5]),
+                             pack<Element>(p[i + 6], p[i + 7]));
+      }
+#pragma unroll
+      for (int i = 0; i < 16; i += 2) sum[row_of(i)] += p[i] + p[i + 1];
+    }
+  }
+
+  /// Tells the consumers of a block's P, and of what `mask` has zeroed.
+  __device__ __forceinline__ void hand_over(const RingPosition<Traits::kRopeSlots>& rope) {
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[rope.slot]));
+  }
+
+  /// Keeps how many tokens rows see: there are no registers for it.
+  __device__ __forceinline__ void keep_limits(const int (&limits)[kRowsPerThread]) {
+    __syncwarp();
+    if (threadIdx.x % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) shared_.row_limit[row() + 8 * r] = limits[r];
+    }
+    __syncwarp();
+  }
+
+  /// Maxima and sums of the piece, which the consumers find when they have its last P.
+  __device__ __forceinline__ void give_rows() {
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_taken), rows_phase_ ^ 1);
+    rows_phase_ ^= 1;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const float sum = row_reduce_sum(row_sum_[r]);
+      if (threadIdx.x % 4 == 0) {
+        shared_.row_max[row() + 8 * r] = row_max_[r];
+        shared_.row_sum[row() + 8 * r] = sum;
+      }
+    }
+  }
+
+  static constexpr int kSteps = Traits::kRowBytes / Traits::kStepBytes;  // of a chunk
+
+  const float softmax_scale_log2_;
+  const int num_rows_;
+  SharedStorage<Traits>& shared_;
+  std::uint32_t q_phase_ = 0;
+  std::uint32_t qk_phase_ = 0;
+  std::uint32_t rows_phase_ = 0;
+  RingPosition<Traits::kPairSlots> pair_;
+  RingPosition<Traits::kRopeSlots> rope_;
+
+  std::uint32_t q_[2 * kSteps * Traits::kNumRegisterPairs][4];
+  float s_[32];
+  float row_max_[kRowsPerThread];  // times softmax_scale_log2
+  float row_sum_[kRowsPerThread];  // over this thread's columns only
+};
+
+}  // namespace flash_mla::sm90
