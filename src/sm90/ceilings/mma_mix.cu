@@ -52,7 +52,7 @@ __device__ __forceinline__ void issue_pv(float (&o)[2][64], const std::uint32_t 
   }
 }
 
-/// The decode kernel's MMAs and nothing else: no loads, no softmax, no exchange. Each of two warpgroups multiplies Q
+/// The MMAs of decoding and nothing else: no loads, no softmax, no exchange. Each of two warpgroups multiplies Q
 /// with its own tile, and its P with its half of V's columns of both tiles; while one converts S to P, the other's
 /// MMAs run. Operands are random: on zeros the tensor cores draw less power, and the clock would be too high.
 __global__ void __launch_bounds__(kThreads, 1) mma_mix_kernel(const uint4* operands, float* sink, int iterations) {

@@ -13,12 +13,13 @@
 namespace flash_mla::sm90 {
 
 /// The entry of all decode kernels but that of clusters. Grid: (tiles of query rows, KV heads, parts); neighbours read
-/// the same KV. Two consumer warpgroups, and one of warps that load and plan. Where CTAs may not wait for each other,
-/// as many again come behind them and merge split requests (launch.cuh).
+/// the same KV. Two consumer warpgroups, one of warps that load and plan, and, where the kernel has one, one that
+/// scores. Where CTAs may not wait for each other, as many again come behind them and merge split requests
+/// (launch.cuh).
 ///
-/// Kernel has Traits, Storage and three functions: init_shared, by consumer threads, thread 0 with a
-/// fence_mbarrier_init(); consume, by the consumer warpgroups; and produce, by the warps of the last warpgroup,
-/// numbered from its first one. Warp 0 of these plans while the others initialise.
+/// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
+/// consume, by the consumer warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first
+/// one; and, with Traits::kNumScorers, score. The first warp behind the consumers plans while these initialise.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {

@@ -9,6 +9,7 @@
 #include "sm90/primitives/ring.cuh"
 #include "sm90/primitives/softmax.cuh"
 #include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/math.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/wgmma.cuh"
@@ -16,8 +17,8 @@
 namespace flash_mla::sm90 {
 
 /// The warpgroup that scores: S = Q K^T and P = softmax(S) of each block. Two thirds of Q are in its registers, which
-/// halves what wgmma reads from shared memory there, and leaves that memory to KV. README.md beside this file draws the
-/// schedule.
+/// saves wgmma a third of what QK reads from shared memory, and leaves that memory to KV. README.md beside this file
+/// draws the schedule.
 template <class Traits>
 class Scorer {
   using Element = typename Traits::Element;
@@ -39,7 +40,7 @@ class Scorer {
     keep_limits(limits);
     const int first_masked_block = max(min_limit, 0) / Traits::kBlockN;
     take_query();
-    row_max_[0] = row_max_[1] = kNoMax;
+    row_max_[0] = row_max_[1] = kNoScaledMax;
     row_sum_[0] = row_sum_[1] = 0.0F;
     ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
     q_phase_ ^= 1;
@@ -107,6 +108,8 @@ class Scorer {
   /// When the first QK is done, and so these loads are: an arrival does not wait for ldmatrix, and copies that follow
   /// it have overtaken some.
   __device__ __forceinline__ void give_back_query() {
+    ptx::fence_proxy_async();
+    __syncwarp();
 #pragma unroll
     for (int i = 1; i <= Traits::kNumRegisterPairs; ++i) {
       arrive(shared_.pair_empty[(pair_ + (Traits::kPairSlots - i)).slot]);
@@ -213,7 +216,10 @@ class Scorer {
       for (int i = 0; i < 16; ++i) {
         p[i] = ptx::exp2_approx(fmaf(s_[16 * group + i], softmax_scale_log2_, -row_max_[row_of(i)]));
       }
-      if (group == 0) ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_done), qk_phase_);  // all have read RoPE
+      if (group == 0) {
+        ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_done), qk_phase_);  // all have read RoPE
+        __syncwarp();
+      }
 #pragma unroll
       for (int i = 0; i < 16; i += 8) {
         ptx::store_matrix_x4(matrix_at(first, 2 * group + i / 8), pack<Element>(p[i], p[i + 1]),

@@ -107,9 +107,4 @@ struct alignas(1024) SharedStorage {
   std::uint64_t rows_taken;
 };
 
-/// Named barriers; 0 is __syncthreads.
-enum NamedBarrier : int {
-  kWarpgroupReady = 1,  // + warpgroup: one consumer warpgroup
-};
-
 }  // namespace flash_mla::sm90

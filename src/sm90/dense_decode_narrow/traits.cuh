@@ -76,6 +76,11 @@ struct alignas(1024) NarrowStorage {
   std::uint64_t kv_empty[Traits::kNumSlots];
 };
 
+/// Named barriers; 0 is __syncthreads.
+enum NamedBarrier : int {
+  kWarpgroupReady = 1,  // + warpgroup: one consumer warpgroup
+};
+
 /// The ring of chunks. Blocks take nine slots in a row, RoPE first, then V.
 template <class Traits>
 using ChunkRing = RingPosition<Traits::kNumSlots>;
