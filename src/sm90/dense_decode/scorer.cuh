@@ -31,7 +31,7 @@ class Scorer {
   __device__ __forceinline__ static int row() {
     std::uint32_t thread = threadIdx.x;
     ptx::launder(thread);
-    return static_cast<int>(thread % Traits::kWarpgroupThreads / 32 * 16 + thread % 32 / 4);
+    return fragment_row(thread);
   }
 
   /// P of a piece's blocks, of which there is at least one, then its rows' maxima and sums. `limits`: for each of the

@@ -16,7 +16,8 @@ namespace flash_mla::sm90 {
 constexpr int kRowsPerThread = 2;
 
 /// The first row of the tile that this thread holds; the other one is 8 further.
-__device__ __forceinline__ int fragment_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+__device__ __forceinline__ int fragment_row(unsigned thread) { return thread % 128 / 32 * 16 + thread % 32 / 4; }
+__device__ __forceinline__ int fragment_row() { return fragment_row(threadIdx.x); }
 
 /// Which of a thread's two rows register `i` belongs to.
 __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }

@@ -49,112 +49,35 @@ class SwizzledOperand {
   std::uint32_t low_;
 };
 
+// The macros' operands: the element's PTX name, A and B with their immediates, what the predicate is made of, inputs.
 // clang-format off
-#define FLASH_MLA_WGMMA_M64N64K16(type)                                                                         \
+#define FLASH_MLA_WGMMA_M64N64K16(type, operands, accumulates, ...)                                             \
   asm volatile(                                                                                                 \
       "{\n"                                                                                                     \
       ".reg .pred accumulate;\n"                                                                                \
-      "setp.ne.b32 accumulate, %34, 0;\n"                                                                       \
+      "setp.ne.b32 accumulate, " accumulates ", 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                                           \
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                 \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                       \
-      "%32, %33, accumulate, 1, 1, 0, 0;\n"                                                                     \
+      operands ";\n"                                                                                            \
       "}\n"                                                                                                     \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),         \
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),   \
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])  \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+      : __VA_ARGS__);
 
-#define FLASH_MLA_WGMMA_M64N64K16_RA(type)                                                                      \
+#define FLASH_MLA_WGMMA_M64N128K16(type, operands, accumulates, ...)                                            \
   asm volatile(                                                                                                 \
       "{\n"                                                                                                     \
       ".reg .pred accumulate;\n"                                                                                \
-      "setp.ne.b32 accumulate, 1, 0;\n"                                                                         \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                                           \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                 \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                       \
-      "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0;\n"                                                       \
-      "}\n"                                                                                                     \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),         \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),   \
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])  \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-// clang-format on
-
-/// D (64 x 64, float) = A (64 x 16) B (16 x 64) [+ D]; A and B from shared memory, both with k contiguous.
-template <class Element>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], std::uint64_t a, std::uint64_t b, bool accumulate) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA_M64N64K16("bf16")
-  } else {
-    FLASH_MLA_WGMMA_M64N64K16("f16")
-  }
-}
-
-/// The same, D += A B, with A from four registers a thread.
-template <class Element>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA_M64N64K16_RA("bf16")
-  } else {
-    FLASH_MLA_WGMMA_M64N64K16_RA("f16")
-  }
-}
-
-#undef FLASH_MLA_WGMMA_M64N64K16
-#undef FLASH_MLA_WGMMA_M64N64K16_RA
-
-// clang-format off
-#define FLASH_MLA_WGMMA_M64N128K16_TB(type)                                                                     \
-  asm volatile(                                                                                                 \
-      "{\n"                                                                                                     \
-      ".reg .pred accumulate;\n"                                                                                \
-      "setp.ne.b32 accumulate, 1, 0;\n"                                                                         \
+      "setp.ne.b32 accumulate, " accumulates ", 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " "                                          \
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                 \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                       \
-      "%64, %65, accumulate, 1, 1, 0, 1;\n"                                                                     \
-      "}\n"                                                                                                     \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),         \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),   \
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),  \
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])  \
-      : "l"(a), "l"(b));
-// clang-format on
-
-/// D (64 x 128, float) += A (64 x 16) B (16 x 128); both from shared memory, A with k contiguous, B transposed: its 128
-/// columns are contiguous, k is the row.
-template <class Element>
-__device__ __forceinline__ void wgmma_m64n128k16_tb(float (&d)[64], std::uint64_t a, std::uint64_t b) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA_M64N128K16_TB("bf16")
-  } else {
-    FLASH_MLA_WGMMA_M64N128K16_TB("f16")
-  }
-}
-
-#undef FLASH_MLA_WGMMA_M64N128K16_TB
-
-// clang-format off
-#define FLASH_MLA_WGMMA_M64N128K16_RA_TB(type)                                                                  \
-  asm volatile(                                                                                                 \
-      "{\n"                                                                                                     \
-      ".reg .pred accumulate;\n"                                                                                \
-      "setp.ne.b32 accumulate, 1, 0;\n"                                                                         \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " "                                          \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                 \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                       \
-      "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 1;\n"                                                       \
+      operands ";\n"                                                                                            \
       "}\n"                                                                                                     \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),         \
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),   \
@@ -164,21 +87,72 @@ __device__ __forceinline__ void wgmma_m64n128k16_tb(float (&d)[64], std::uint64_
         "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])  \
-      : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b));
+      : __VA_ARGS__);
 // clang-format on
 
-/// D (64 x 128, float) += A (64 x 16) B (16 x 128); A from four registers a thread, B from shared memory, transposed:
-/// its 128 columns are contiguous, k is the row.
+#define FLASH_MLA_WGMMA_INPUTS_A_SHARED "l"(a), "l"(b)
+#define FLASH_MLA_WGMMA_INPUTS_A_REGISTERS "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b)
+
+/// D (64 x 64, float) = A (64 x 16) B (16 x 64) [+ D]; A and B from shared memory, both with k contiguous.
 template <class Element>
-__device__ __forceinline__ void wgmma_m64n128k16_ra_tb(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], std::uint64_t a, std::uint64_t b, bool accumulate) {
+#define FLASH_MLA_WGMMA(type)                                                                                 \
+  FLASH_MLA_WGMMA_M64N64K16(type, "%32, %33, accumulate, 1, 1, 0, 0", "%34", FLASH_MLA_WGMMA_INPUTS_A_SHARED, \
+                            "r"(static_cast<int>(accumulate)))
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA_M64N128K16_RA_TB("bf16")
+    FLASH_MLA_WGMMA("bf16")
   } else {
-    FLASH_MLA_WGMMA_M64N128K16_RA_TB("f16")
+    FLASH_MLA_WGMMA("f16")
   }
+#undef FLASH_MLA_WGMMA
 }
 
-#undef FLASH_MLA_WGMMA_M64N128K16_RA_TB
+/// The same, D += A B, with A from four registers a thread.
+template <class Element>
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
+#define FLASH_MLA_WGMMA(type)                                                            \
+  FLASH_MLA_WGMMA_M64N64K16(type, "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0", "1", \
+                            FLASH_MLA_WGMMA_INPUTS_A_REGISTERS)
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    FLASH_MLA_WGMMA("bf16")
+  } else {
+    FLASH_MLA_WGMMA("f16")
+  }
+#undef FLASH_MLA_WGMMA
+}
+
+/// D (64 x 128, float) += A (64 x 16) B (16 x 128); both from shared memory, A with k contiguous, B transposed: its 128
+/// columns are contiguous, k is the row.
+template <class Element>
+__device__ __forceinline__ void wgmma_m64n128k16_tb(float (&d)[64], std::uint64_t a, std::uint64_t b) {
+#define FLASH_MLA_WGMMA(type) \
+  FLASH_MLA_WGMMA_M64N128K16(type, "%64, %65, accumulate, 1, 1, 0, 1", "1", FLASH_MLA_WGMMA_INPUTS_A_SHARED)
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    FLASH_MLA_WGMMA("bf16")
+  } else {
+    FLASH_MLA_WGMMA("f16")
+  }
+#undef FLASH_MLA_WGMMA
+}
+
+/// The same with A from four registers a thread.
+template <class Element>
+__device__ __forceinline__ void wgmma_m64n128k16_ra_tb(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
+#define FLASH_MLA_WGMMA(type)                                                             \
+  FLASH_MLA_WGMMA_M64N128K16(type, "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 1", "1", \
+                             FLASH_MLA_WGMMA_INPUTS_A_REGISTERS)
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    FLASH_MLA_WGMMA("bf16")
+  } else {
+    FLASH_MLA_WGMMA("f16")
+  }
+#undef FLASH_MLA_WGMMA
+}
+
+#undef FLASH_MLA_WGMMA_INPUTS_A_REGISTERS
+#undef FLASH_MLA_WGMMA_INPUTS_A_SHARED
+#undef FLASH_MLA_WGMMA_M64N128K16
+#undef FLASH_MLA_WGMMA_M64N64K16
 
 // clang-format off
 #define FLASH_MLA_WGMMA_M64N16K16(type, transpose_a)                                                            \
