@@ -106,11 +106,17 @@ class Combine {
     float inverse_sum;
   };
 
+  /// Weights of a row's pieces, in fours.
+  static constexpr int kWeightVector = sizeof(float4) / sizeof(float);
+  __host__ __device__ static constexpr int weights_of_row(int num_pieces) {
+    return (num_pieces + kWeightVector - 1) / kWeightVector * kWeightVector;
+  }
+
   static constexpr int shared_bytes(int num_pieces) {
     const int units = (Slot::kNumUnits + num_pieces - 1) / num_pieces;
     const int rows = units * Slot::kRowsOfUnit;
-    return num_pieces * (units * Slot::kUnitBytes + rows * static_cast<int>(sizeof(float4) + sizeof(float))) +
-           rows * static_cast<int>(sizeof(Result));
+    return num_pieces * (units * Slot::kUnitBytes + rows * static_cast<int>(sizeof(float4))) +
+           rows * static_cast<int>(sizeof(Result) + weights_of_row(num_pieces) * sizeof(float));
   }
   static constexpr int max_shared_bytes() {
     int most = 0;
@@ -252,7 +258,7 @@ class Combine {
         const float4 of_piece = totals_[i];
         const float weight = ptx::exp2_approx(of_piece.x - max);
         sum = fmaf(weight, of_piece.y, sum);
-        weights_[i] = weight * of_piece.z;
+        weights_[i + row * (weights_of_row(n) - n)] = weight * of_piece.z;
       }
 #pragma unroll
       for (int other = 16; other > 0; other /= 2) {
@@ -285,20 +291,30 @@ class Combine {
       const int unit = i / kWarpsOfUnit;
       const int first = (i % kWarpsOfUnit * 32 + lane()) * kValues;
       const int row = unit * Slot::kRowsOfUnit + Traits::unit_row(first);
-      const float* const weights = weights_ + row * n;
+      const float* const weights = weights_ + row * weights_of_row(n);
       const unsigned char* from = values_ + unit * Slot::kUnitBytes + first * sizeof(Value);
       float value[kValues] = {};
-#pragma unroll(16 / kValues)
-      for (int piece = 0; piece < n; ++piece, from += step) {
-        float of_piece[kValues];
-        read(from, of_piece);
-        const float weight = weights[piece];
+      int piece = 0;
+#pragma unroll(kValues < kWeightVector ? kWeightVector / kValues : 1)
+      for (; piece + kWeightVector <= n; piece += kWeightVector, from += kWeightVector * step) {
+        const float4 four = *reinterpret_cast<const float4*>(weights + piece);
+        const float weight[kWeightVector] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int j = 0; j < kValues; ++j) value[j] = fmaf(weight, of_piece[j], value[j]);
+        for (int k = 0; k < kWeightVector; ++k) accumulate(value, weight[k], from + k * step);
       }
+#pragma unroll 1
+      for (; piece < n; ++piece, from += step) accumulate(value, weights[piece], from);
       const Result& result = results_[row];
       if (result.out != nullptr) write(result.out + Traits::unit_column(first), value, result.inverse_sum);
     }
+  }
+
+  template <int kValues>
+  __device__ __forceinline__ static void accumulate(float (&value)[kValues], float weight, const unsigned char* from) {
+    float of_piece[kValues];
+    read(from, of_piece);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) value[j] = fmaf(weight, of_piece[j], value[j]);
   }
 
   template <int kValues>
@@ -343,7 +359,7 @@ class Combine {
   unsigned char* const values_;  // (pieces, units of the slice, their values), in shared memory as what follows
   float4* totals_;               // (rows of the slice's units, pieces)
   Result* results_;              // (rows,)
-  float* weights_;               // (rows, pieces)
+  float* weights_;               // (rows, weights_of_row(pieces))
   const std::uint32_t met_;
   const std::uint32_t gathered_;
   const std::uint32_t loaded_;

@@ -4,11 +4,13 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/query_load.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/grid.cuh"
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
+#include "sm90/ptx/warp.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -18,8 +20,9 @@ namespace flash_mla::sm90 {
 /// (launch.cuh).
 ///
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
-/// consume, by the consumer warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first
-/// one; and, with Traits::kNumScorers, score. The first warp behind the consumers plans while these initialise.
+/// init_query and load_known_query, by a thread of the query warp, and drop_known_query; consume, by the consumer
+/// warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; and, with
+/// Traits::kNumScorers, score. The first warp behind the consumers plans while these initialise.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -35,11 +38,16 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     ptx::prefetch_tensor_map(&params.k_cache_map);
     init_plan(shared.plan, Traits::kConsumerThreads);
     shared.merge_barriers.init(Traits::kConsumerThreads);
-    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
   }
   if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
+  const bool issues_query = threadIdx.x / 32 == Traits::kQueryWarp && ptx::elect_one();
+  if (issues_query) Kernel::init_query(shared);
   ptx::wait_for_previous_grids();
   if (!params.shares_kv) ptx::launch_dependents();
+  if (issues_query && has_known_query(params) && CtaRole(params).computes) {
+    Kernel::load_known_query(params, shared, tile, head_k, 0);
+  }
+  if (threadIdx.x / 32 == Traits::kTablesWarp) prefetch_tables(params);
   if (threadIdx.x / 32 == Traits::kConsumerWarps) plan_part(params, CtaRole(params).part_idx, shared.plan);
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
@@ -48,6 +56,9 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
     Kernel::produce(params, shared, tile, head_k, role, warp);
     if (threadIdx.x / 32 == Traits::kSplitsWarp) {
+      if (role.computes && has_known_query(params) && !has_blocks(params, shared.plan.part, role.part_idx)) {
+        Kernel::drop_known_query(shared);
+      }
       find_splits(params, role.part_idx, shared.plan);
       const TileFlags flags(params, tile.index(params.tiling, head_k));
       if (role.computes && threadIdx.x % 32 == 0) {

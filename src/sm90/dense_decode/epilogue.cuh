@@ -96,11 +96,12 @@ class Epilogue {
     const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
     const int consumer = first_column_ / Traits::kColumnsPerConsumer;
     const int row[2] = {fragment_row(), fragment_row() + 8};
+    if (threadIdx.x % 4 == 0) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      const Total total{row_max[r], row_sum[r], scale[r].scale};
-      ulonglong2* const to = slot.totals(slot.unit(row[r], consumer)) + row[r] % Traits::kRowsOfUnit;
-      if (threadIdx.x % 4 == 0) total.announce(to, params_.token);
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        const Total total{row_max[r], row_sum[r], scale[r].scale};
+        total.announce(slot.totals(slot.unit(row[r], consumer)) + row[r] % Traits::kRowsOfUnit, params_.token);
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {

@@ -12,6 +12,7 @@
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/warp.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -35,14 +36,29 @@ struct DenseDecodeKernel {
       ptx::fence_mbarrier_init();
     }
     if (threadIdx.x == 32) {
-      for (auto& barrier : shared.pair_full) init(barrier, 1);
-      ptx::fence_mbarrier_init();
-    }
-    if (threadIdx.x == 64) {
       for (auto& barrier : shared.pair_empty) init(barrier, kWarps);
       ptx::fence_mbarrier_init();
     }
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
+  }
+
+  /// Barriers that copies of Q report to. By the thread that issues these.
+  __device__ static void init_query(Storage& shared) {
+    init(shared.q_full, 1);
+    for (auto& barrier : shared.pair_full) init(barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
+  /// Of the only request, before there is a plan. By the same thread.
+  __device__ static void load_known_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+                                          int head_k, int request) {
+    QueryProducer<Traits>(params, shared, tile, head_k).load_first(request);
+  }
+  /// Waits for these copies, where no block needs them: their memory gets another use.
+  __device__ static void drop_known_query(Storage& shared) {
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.pair_full[i]), 0);
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
   /// The scorer's walk over the part's pieces.
@@ -85,22 +101,29 @@ struct DenseDecodeKernel {
     }
   }
 
-  /// The producers' walk over them: the first warp fills the rings, a thread of the second one loads what of Q stays in
-  /// shared memory.
+  /// The producers' walk over them: the first warp loads KV, the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
     if (!role.computes) return;
-    if (warp == 0) {
-      Producer<Traits> producer(params, shared);
-      if (!producer.is_active()) return;
-      PieceWalk walk(params, shared.plan.part, role.part_idx);
-      Piece piece;
-      while (walk.next(piece)) producer.load_piece(piece, tile, head_k);
+    const bool is_whole = params.box_tokens == Traits::kBlockN;
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, role.part_idx);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, role.part_idx);
+    if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
+      QueryProducer<Traits>(params, shared, tile, head_k).load_all(role.part_idx);
     }
-    if (warp == 1 && threadIdx.x % 32 == 0) produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
   }
 
  private:
+  template <bool kIsWhole>
+  __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
+                                                    int part_idx) {
+    Producer<Traits, kIsWhole> producer(params, shared);
+    if (!producer.is_active()) return;
+    PieceWalk walk(params, shared.plan.part, part_idx);
+    Piece piece;
+    while (walk.next(piece)) producer.load_piece(piece, head_k);
+  }
+
   __device__ static void init(std::uint64_t& barrier, int arrivals) {
     ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
   }

@@ -8,10 +8,10 @@
 
 namespace flash_mla::sm90 {
 
-/// How a KV block comes into shared memory, seen from a lane of the producer warp: as one box per chunk where pages
-/// have 64 tokens or more, and one lane does it all; smaller pages take a box each, and each lane looks up and issues
-/// its own.
-template <class Traits>
+/// How a KV block comes into shared memory, seen from a lane of the producer warp. A chunk is one box where pages have
+/// 64 tokens or more (kIsWhole), and one lane does it all; smaller pages take a box each, and each lane looks up and
+/// issues its own.
+template <class Traits, bool kIsWhole>
 class KvBoxes {
  public:
   /// The page of this lane's box, and, with pages of one token, of its second box.
@@ -21,24 +21,25 @@ class KvBoxes {
   };
 
   __device__ explicit KvBoxes(const DenseDecodeParams& params)
-      : params_(params), lane_(threadIdx.x % 32), rows_per_box_(params.box_tokens) {}
+      : params_(params), lane_(threadIdx.x % 32), rows_per_box_(kIsWhole ? Traits::kBlockN : params.box_tokens) {}
 
   /// Whether this lane has boxes to load.
-  __device__ bool is_active() const { return lane_ * rows_per_box_ < Traits::kBlockN; }
+  __device__ bool is_active() const { return kIsWhole || lane_ * rows_per_box_ < Traits::kBlockN; }
 
-  __device__ Pages look_up(const Piece& piece, int block) const {
+  __device__ __forceinline__ Pages look_up(const Piece& piece, int block) const {
+    if constexpr (kIsWhole) return {look_up(piece, block, 0), kNoPage};
     return {look_up(piece, block, lane_), rows_per_box_ == 1 ? look_up(piece, block, lane_ + 32) : kNoPage};
   }
 
   /// Issues this lane's copies of a chunk of the block. Its 8 KB are reported to `barrier`.
-  __device__ void load_chunk(std::uint32_t chunk_address, std::uint32_t barrier, int block, int chunk,
-                             const Pages& pages, int head_k) const {
-    const std::uint32_t destination = chunk_address + lane_ * rows_per_box_ * Traits::kRowBytes;
+  __device__ __forceinline__ void load_chunk(std::uint32_t chunk_address, std::uint32_t barrier, int block, int chunk,
+                                             const Pages& pages, int head_k) const {
+    const std::uint32_t destination = chunk_address + (kIsWhole ? 0 : lane_ * rows_per_box_ * Traits::kRowBytes);
     const int column = chunk * Traits::kChunkColumns;
     const int page_offset = (block * Traits::kBlockN) & ((1 << params_.page_size_log2) - 1);
     ptx::tma_load_4d(destination, &params_.k_cache_map, barrier, column, page_offset, head_k, pages.first,
                      ptx::Keep::kNotForLong);
-    if (rows_per_box_ == 1) {
+    if (!kIsWhole && rows_per_box_ == 1) {
       ptx::tma_load_4d(destination + 32 * Traits::kRowBytes, &params_.k_cache_map, barrier, column, page_offset, head_k,
                        pages.second, ptx::Keep::kNotForLong);
     }
@@ -49,7 +50,7 @@ class KvBoxes {
   static constexpr int kNoPage = -1;
 
   /// The page of a box. Entries of the block table past the request's end are not read.
-  __device__ int look_up(const Piece& piece, int block, int box) const {
+  __device__ __forceinline__ int look_up(const Piece& piece, int block, int box) const {
     const int token = block * Traits::kBlockN + box * rows_per_box_;
     if (block >= piece.end_block || token >= piece.seqlen_k) return kNoPage;
     return __ldg(params_.block_table + piece.request * params_.stride_block_table + (token >> params_.page_size_log2));

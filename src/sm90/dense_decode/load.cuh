@@ -14,23 +14,23 @@
 
 namespace flash_mla::sm90 {
 
-/// The producer: lanes of one warp that fill the rings, for all pieces of a part. A piece's first pairs are those of Q
-/// that go to registers.
-template <class Traits>
+/// Fills the rings with KV, for all pieces of a part. By the active lanes of one warp.
+template <class Traits, bool kIsWhole>
 class Producer {
-  using Boxes = KvBoxes<Traits>;
+  using Boxes = KvBoxes<Traits, kIsWhole>;
 
  public:
   __device__ Producer(const DenseDecodeParams& params, SharedStorage<Traits>& shared)
-      : params_(params), shared_(shared), boxes_(params) {}
+      : shared_(shared), boxes_(params), is_first_(kIsWhole || threadIdx.x % 32 == 0) {}
 
   /// Whether this lane has boxes to load.
   __device__ bool is_active() const { return boxes_.is_active(); }
 
-  __device__ void load_piece(const Piece& piece, const QueryTile& tile, int head_k) {
+  __device__ void load_piece(const Piece& piece, int head_k) {
     if (piece.begin_block == piece.end_block) return;
+    pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q
     typename Boxes::Pages pages = boxes_.look_up(piece, piece.begin_block);
-    load_query_pairs(piece.request, tile, head_k);
+#pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       const typename Boxes::Pages next_pages = boxes_.look_up(piece, block + 1);  // a block ahead, to hide its latency
       load_block(block, pages, head_k);
@@ -39,29 +39,13 @@ class Producer {
   }
 
  private:
-  __device__ void load_query_pairs(int request, const QueryTile& tile, int head_k) {
-    const int bytes = params_.tiling.rows_per_tile() * Traits::kRowBytes;
-#pragma unroll 1
-    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
-      // All lanes wait: one that has not seen a phase of a barrier can't tell the next from the one before.
-      const std::uint32_t full = acquire(shared_.pair_full, shared_.pair_empty, pair_, 2 * bytes);
-      if (lane() == 0) {
-        const int chunk = 2 * (Traits::kFirstRegisterPair + i);
-        const std::uint32_t pair = ptx::shared_address(shared_.pairs[pair_.slot]);
-        load_query_chunk<Traits>(params_, pair, full, chunk, request, tile, head_k);
-        load_query_chunk<Traits>(params_, pair + Traits::kTileBytes, full, chunk + 1, request, tile, head_k);
-      }
-      pair_ = pair_ + 1;
-    }
-  }
-
   /// In the order in which QK reads them.
-  __device__ void load_block(int block, const typename Boxes::Pages& pages, int head_k) {
+  __device__ __forceinline__ void load_block(int block, const typename Boxes::Pages& pages, int head_k) {
     const std::uint32_t rope_full = acquire(shared_.rope_full, shared_.rope_empty, rope_, Traits::kTileBytes);
     boxes_.load_chunk(ptx::shared_address(shared_.ropes[rope_.slot]), rope_full, block, Traits::kRopeChunk, pages,
                       head_k);
     rope_ = rope_ + 1;
-#pragma unroll 1
+#pragma unroll(kIsWhole ? Traits::kPairsPerBlock : 1)
     for (int i = 0; i < Traits::kPairsPerBlock; ++i) {
       const std::uint32_t full = acquire(shared_.pair_full, shared_.pair_empty, pair_, Traits::kPairBytes);
       const std::uint32_t pair = ptx::shared_address(shared_.pairs[pair_.slot]);
@@ -73,21 +57,72 @@ class Producer {
 
   /// Waits for a slot to be empty, and lets its `full` barrier, whose address it returns, wait for `bytes`.
   template <int kSlots>
-  __device__ std::uint32_t acquire(std::uint64_t (&full)[kSlots], std::uint64_t (&empty)[kSlots],
-                                   const RingPosition<kSlots>& at, int bytes) const {
+  __device__ __forceinline__ std::uint32_t acquire(std::uint64_t (&full)[kSlots], std::uint64_t (&empty)[kSlots],
+                                                   const RingPosition<kSlots>& at, int bytes) const {
     ptx::mbarrier_wait(ptx::shared_address(&empty[at.slot]), at.phase ^ 1);
     const std::uint32_t barrier = ptx::shared_address(&full[at.slot]);
-    if (lane() == 0) ptx::mbarrier_arrive_expect(barrier, bytes);
+    if (is_first_) ptx::mbarrier_arrive_expect(barrier, bytes);
     return barrier;
   }
 
-  __device__ static int lane() { return threadIdx.x % 32; }
+  SharedStorage<Traits>& shared_;
+  const Boxes boxes_;
+  const bool is_first_;  // of the active lanes
+  RingPosition<Traits::kPairSlots> pair_;
+  RingPosition<Traits::kRopeSlots> rope_;
+};
+
+/// Loads Q: the pairs of chunks that go to registers, through the ring of pairs, and what stays in shared memory. By
+/// one thread of another warp than KV's producer, whose slots these pairs come before.
+template <class Traits>
+class QueryProducer {
+ public:
+  __device__ QueryProducer(const DenseDecodeParams& params, SharedStorage<Traits>& shared, const QueryTile& tile,
+                           int head_k)
+      : params_(params), shared_(shared), tile_(tile), head_k_(head_k) {}
+
+  /// Before the plan is there, where the request is known: into slots that nobody has used yet.
+  __device__ __forceinline__ void load_first(int request) { load<false>(request); }
+
+  /// For each piece, but not until the last QK of the one before is done: all slots before have been filled then, so
+  /// that no phase of them is taken for another.
+  __device__ __forceinline__ void load_all(int part_idx) {
+    std::uint32_t phase = 0;
+    PieceWalk walk(params_, shared_.plan.part, part_idx);
+    Piece piece;
+    while (walk.next(piece)) {
+      if (piece.begin_block == piece.end_block) continue;
+      ptx::mbarrier_wait(ptx::shared_address(&shared_.q_empty), phase ^ 1);
+      phase ^= 1;
+      load<true>(piece.request);
+      pair_ = pair_.far_on(Traits::kPairsPerBlock * (piece.end_block - piece.begin_block));
+    }
+  }
+
+ private:
+  template <bool kWaits>
+  __device__ __forceinline__ void load(int request) {
+    const int bytes = params_.tiling.rows_per_tile() * Traits::kRowBytes;
+#pragma unroll 1
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
+      const std::uint32_t full = ptx::shared_address(&shared_.pair_full[pair_.slot]);
+      if (kWaits) ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_empty[pair_.slot]), pair_.phase ^ 1);
+      ptx::mbarrier_arrive_expect(full, 2 * bytes);
+      const int chunk = 2 * (Traits::kFirstRegisterPair + i);
+      const std::uint32_t pair = ptx::shared_address(shared_.pairs[pair_.slot]);
+      load_query_chunk<Traits>(params_, pair, full, chunk, request, tile_, head_k_);
+      load_query_chunk<Traits>(params_, pair + Traits::kTileBytes, full, chunk + 1, request, tile_, head_k_);
+      pair_ = pair_ + 1;
+    }
+    load_query<Traits>(params_, ptx::shared_address(shared_.q), ptx::shared_address(&shared_.q_full), request, tile_,
+                       head_k_);
+  }
 
   const DenseDecodeParams& params_;
   SharedStorage<Traits>& shared_;
-  const Boxes boxes_;
+  const QueryTile& tile_;
+  const int head_k_;
   RingPosition<Traits::kPairSlots> pair_;
-  RingPosition<Traits::kRopeSlots> rope_;
 };
 
 }  // namespace flash_mla::sm90

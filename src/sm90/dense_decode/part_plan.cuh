@@ -75,7 +75,7 @@ __device__ __forceinline__ int num_slices_of_lone(const DenseDecodeParams& param
 }
 
 /// Asks for lengths and pages, as far as a lane for each 128 bytes can, while the plan is on its way: a small batch
-/// waits once for memory, and not three times in turn.
+/// waits once for memory, and not three times in turn. By a warp that has nothing else to do.
 __device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params) {
   constexpr int kIntsPerLine = 128 / sizeof(int);
   const int lane = threadIdx.x % 32;
@@ -116,7 +116,6 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
   scheduler::Part part;
   SplitRequest continued{};
   if (params.parts != nullptr) part = params.parts[part_idx];
-  prefetch_tables(params);
   if (params.parts == nullptr && params.batch_size == 1) {
     const std::int32_t seqlen = min(*params.cache_seqlens, params.max_seqlen_k);
     const std::int32_t pieces = seqlen <= scheduler::SmallPlan::kMaxSeqlen

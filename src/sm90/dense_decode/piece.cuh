@@ -61,4 +61,10 @@ class PieceWalk {
   int request_;
 };
 
+/// Whether the part's first piece has blocks.
+__device__ __forceinline__ bool has_blocks(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx) {
+  Piece piece;
+  return PieceWalk(params, part, part_idx).next(piece) && piece.begin_block < piece.end_block;
+}
+
 }  // namespace flash_mla::sm90

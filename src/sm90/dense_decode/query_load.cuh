@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
-#include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/query_tiling.h"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
@@ -46,21 +46,10 @@ __device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32
   ptx::fence_proxy_async();
 }
 
-/// Loads the chunks of Q that stay in shared memory, for each piece. By one thread of another warp, so that KV goes on
-/// arriving while consumers end a piece.
-template <class Traits, class Storage>
-__device__ void produce_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile, int head_k,
-                              int part_idx) {
-  std::uint32_t phase = 0;
-  PieceWalk walk(params, shared.plan.part, part_idx);
-  Piece piece;
-  while (walk.next(piece)) {
-    if (piece.begin_block == piece.end_block) continue;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
-    phase ^= 1;
-    load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request, tile,
-                       head_k);
-  }
+/// Whether a CTA has one request at most, known without a plan: its Q is then asked for before there is one, so that it
+/// is out of KV's way.
+__device__ __forceinline__ bool has_known_query(const DenseDecodeParams& params) {
+  return params.batch_size == 1 || params.cluster_size > 0;
 }
 
 }  // namespace flash_mla::sm90

@@ -118,14 +118,22 @@ class Scorer {
 
   /// S = Q K^T, in the order in which the chunks come. Those that meet Q in shared memory come first: the last ones
   /// then leave shared memory to PV. P of the block before, if there is one, is handed over when almost all is issued,
-  /// so that PV runs during this block's softmax, and not beside QK.
+  /// so that PV runs during this block's softmax, and not beside QK; and earlier where the last pair is late and KV is
+  /// this tile's alone, as memory is the limit then, and PV gives some back.
   __device__ __forceinline__ void issue_qk(bool is_first) {
+    bool owes_p = !is_first;
     ptx::mbarrier_wait(ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
     issue_shared_chunk(0, ptx::shared_address(shared_.ropes[rope_.slot]), false);
 #pragma unroll
     for (int i = 0; i < Traits::kPairsPerBlock; ++i) {
       const RingPosition<Traits::kPairSlots> at = pair_ + i;
-      ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_full[at.slot]), at.phase);
+      const std::uint32_t full = ptx::shared_address(&shared_.pair_full[at.slot]);
+      const bool is_last_pair = i == Traits::kPairsPerBlock - 1;
+      if (is_last_pair && owes_p && gridDim.x == 1 && !__shfl_sync(~0U, ptx::mbarrier_test(full, at.phase), 0)) {
+        hand_over(rope_ + (Traits::kRopeSlots - 1));
+        owes_p = false;
+      }
+      ptx::mbarrier_wait(full, at.phase);
       const std::uint32_t pair = ptx::shared_address(shared_.pairs[at.slot]);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -139,7 +147,7 @@ class Scorer {
                                           k.at(step * Traits::kStepBytes));
           }
         }
-        if (i == Traits::kPairsPerBlock - 1 && c == 0 && !is_first) hand_over(rope_ + (Traits::kRopeSlots - 1));
+        if (is_last_pair && c == 0 && owes_p) hand_over(rope_ + (Traits::kRopeSlots - 1));
       }
     }
     ptx::wgmma_commit();

@@ -34,7 +34,10 @@ struct TileTraits {
   static constexpr int kColumnsPerConsumer = kHeadDimV / kNumConsumers;
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  static constexpr int kSplitsWarp = kConsumerWarps + kWarpgroupWarps - 1;
+  /// Warps behind the consumers, beside the first one, which plans and loads KV.
+  static constexpr int kQueryWarp = kConsumerWarps + 1;
+  static constexpr int kTablesWarp = kConsumerWarps + 2;
+  static constexpr int kSplitsWarp = kConsumerWarps + 3;
   /// A warpgroup of its own for scores, behind the producers: 0 or 1.
   static constexpr int kNumScorers = 0;
   static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;

@@ -15,6 +15,7 @@
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
+#include "sm90/ptx/warp.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -23,13 +24,17 @@ __device__ __forceinline__ void plan_cluster(const DenseDecodeParams& params, in
   const int size = params.cluster_size;
   const int request = cta / size;
   const int rank = cta % size;
+  const auto blocks = static_cast<int>(scheduler::num_blocks(min(params.cache_seqlens[request], params.max_seqlen_k)));
+  if (threadIdx.x % 32 != 0) return;
+  part = {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
+}
+
+/// Asks for the request's pages meanwhile. By another warp.
+__device__ __forceinline__ void prefetch_pages(const DenseDecodeParams& params, int request) {
   const int first_page = threadIdx.x % 32 * 32;  // of a line of the block table
   if (first_page < params.max_seqlen_k >> params.page_size_log2) {
     ptx::prefetch_l1(params.block_table + request * params.stride_block_table + first_page);
   }
-  const auto blocks = static_cast<int>(scheduler::num_blocks(min(params.cache_seqlens[request], params.max_seqlen_k)));
-  if (threadIdx.x % 32 != 0) return;
-  part = {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
 }
 
 /// Decodes short requests, the CTAs of each and of a tile a cluster: nothing is planned, and pieces are merged within
@@ -49,14 +54,18 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&params.q_map);
     ptx::prefetch_tensor_map(&params.k_cache_map);
-    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     shared.init_cluster_barriers();
   }
   if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
+  const bool issues_query = warp == Traits::kQueryWarp && ptx::elect_one();
+  if (issues_query) Kernel::init_query(shared);
   __syncwarp();
   ptx::cluster_arrive();  // barriers are initialised, and visible to the cluster by fence_mbarrier_init
   ptx::wait_for_previous_grids();
   ptx::launch_dependents();
+  const int request = ptx::cta_z() / params.cluster_size;
+  if (issues_query) Kernel::load_known_query(params, shared, tile, head_k, request);
+  if (warp == Traits::kTablesWarp) prefetch_pages(params, request);
   if (warp == Traits::kConsumerWarps) plan_cluster(params, ptx::cta_z(), shared.plan.part);
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
@@ -74,6 +83,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     if (piece.begin_block < piece.end_block) {
       const RowCoordinate first_row(params, tile, head_k, 0);
       consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
+    } else {
+      Kernel::drop_known_query(shared);
     }
     const NarrowEpilogue<Traits> epilogue(params, shared, piece, tile, head_k, warpgroup);
     epilogue.merge(consumer);

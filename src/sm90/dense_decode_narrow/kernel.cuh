@@ -10,6 +10,7 @@
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/warp.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -40,6 +41,22 @@ struct NarrowDecodeKernel {
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
+  /// The barrier that copies of Q report to. By the thread that issues these.
+  __device__ static void init_query(Storage& shared) {
+    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+    ptx::fence_mbarrier_init();
+  }
+  /// Of the only request, before there is a plan. By the same thread.
+  __device__ static void load_known_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+                                          int head_k, int request) {
+    load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), request, tile,
+                       head_k);
+  }
+  /// Waits for these copies, where no block needs them: their memory gets another use.
+  __device__ static void drop_known_query(Storage& shared) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
+  }
+
   /// A consumer's walk over the part's pieces.
   __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
@@ -60,15 +77,23 @@ struct NarrowDecodeKernel {
   /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
-    if (role.computes && warp == 0) {
-      NarrowProducer<Traits> producer(params, shared);
-      PieceWalk walk(params, shared.plan.part, role.part_idx);
-      Piece piece;
-      while (walk.next(piece)) producer.load_piece(piece, head_k);
-    }
-    if (role.computes && warp == 1 && threadIdx.x % 32 == 0) {
+    if (!role.computes) return;
+    const bool is_whole = params.box_tokens == Traits::kBlockN;
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, role.part_idx);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, role.part_idx);
+    if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
       produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
     }
+  }
+
+ private:
+  template <bool kIsWhole>
+  __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
+                                                    int part_idx) {
+    NarrowProducer<Traits, kIsWhole> producer(params, shared);
+    PieceWalk walk(params, shared.plan.part, part_idx);
+    Piece piece;
+    while (walk.next(piece)) producer.load_piece(piece, head_k);
   }
 };
 

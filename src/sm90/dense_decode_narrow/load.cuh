@@ -4,7 +4,10 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/query_load.cuh"
+#include "sm90/dense_decode/query_tiling.h"
 #include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/ring.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
@@ -20,72 +23,106 @@ struct BlockPages {
   __device__ int of_box(int box) const { return __shfl_sync(~0U, box < 32 ? first : second, box % 32); }
 };
 
-/// Fills the ring with the part's KV blocks, in order and across pieces. By one warp: a lane for each chunk. A block
-/// comes as boxes of a few tokens and the 64 columns of a chunk, all columns of a token at about the same time, as
-/// memory has them in a row.
-template <class Traits>
+/// Fills the ring with the part's KV blocks, in order and across pieces. Where pages have 64 tokens or more, a chunk is
+/// one box (kIsWhole), and one thread does it all. Else by one warp, a lane for each chunk: a block then comes as boxes
+/// of a few tokens and the 64 columns of a chunk, all columns of a token at about the same time, as memory has them in
+/// a row.
+template <class Traits, bool kIsWhole>
 class NarrowProducer {
  public:
   __device__ NarrowProducer(const DenseDecodeParams& params, NarrowStorage<Traits>& shared)
       : params_(params),
-        lane_(threadIdx.x % 32),
+        lane_(kIsWhole ? 0 : threadIdx.x % 32),
+        box_tokens_(kIsWhole ? Traits::kBlockN : params.box_tokens),
         kv_(ptx::shared_address(shared.kv)),
         kv_full_(ptx::shared_address(shared.kv_full)),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
   __device__ void load_piece(const Piece& piece, int head_k) {
     BlockPages pages = look_up(piece, piece.begin_block);
+#pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       const BlockPages next_pages = look_up(piece, block + 1);  // a block ahead, to hide its latency
-      load_block(block, pages, head_k);
+      if constexpr (kIsWhole) {
+        load_whole_block(block, pages.first, head_k);
+      } else {
+        load_boxes(block, pages, head_k);
+      }
       pages = next_pages;
+      at_ = at_ + 1;
     }
   }
 
  private:
-  __device__ BlockPages look_up(const Piece& piece, int block) const {
-    return {look_up(piece, block, lane_), look_up(piece, block, lane_ + 32)};
+  __device__ __forceinline__ BlockPages look_up(const Piece& piece, int block) const {
+    return {look_up(piece, block, lane_), kIsWhole ? kNoPage : look_up(piece, block, lane_ + 32)};
   }
 
   /// The page of a box. Entries of the block table past the request's end are not read.
-  __device__ int look_up(const Piece& piece, int block, int box) const {
-    const int token = block * Traits::kBlockN + box * params_.box_tokens;
-    if (box * params_.box_tokens >= Traits::kBlockN || block >= piece.end_block || token >= piece.seqlen_k) {
-      return kNoPage;
-    }
+  __device__ __forceinline__ int look_up(const Piece& piece, int block, int box) const {
+    const int token = block * Traits::kBlockN + box * box_tokens_;
+    if (box * box_tokens_ >= Traits::kBlockN || block >= piece.end_block || token >= piece.seqlen_k) return kNoPage;
     return __ldg(params_.block_table + piece.request * params_.stride_block_table + (token >> params_.page_size_log2));
   }
 
-  __device__ void load_block(int block, const BlockPages& pages, int head_k) {
-    const bool has_chunk = lane_ < Traits::kNumChunks;
-    const int chunk = lane_ == 0 ? Traits::kRopeChunk : lane_ - 1;
-    const ChunkRing<Traits> at = at_ + min(lane_, Traits::kNumChunks);
-    const std::uint32_t full = kv_full_ + at.slot * sizeof(std::uint64_t);
-    if (has_chunk) {
-      ptx::mbarrier_wait(kv_empty_ + at.slot * sizeof(std::uint64_t), at.phase ^ 1);
-      ptx::mbarrier_arrive_expect(full, Traits::kChunkBytes);
+  __device__ __forceinline__ void load_whole_block(int block, int page, int head_k) {
+#pragma unroll
+    for (int i = 0; i < Traits::kNumChunks; ++i) {
+      arm(i);
+      load_box(i, 0, block, page, head_k);
     }
-    __syncwarp();
-    const int page_mask = (1 << params_.page_size_log2) - 1;
-#pragma unroll 1
-    for (int row = 0; row < Traits::kBlockN; row += params_.box_tokens) {
-      const int page = pages.of_box(row / params_.box_tokens);
-      if (has_chunk) {
-        ptx::tma_load_4d(kv_ + at.slot * Traits::kChunkBytes + row * Traits::kRowBytes, &params_.k_cache_map, full,
-                         chunk * Traits::kChunkColumns, (block * Traits::kBlockN + row) & page_mask, head_k, page,
-                         ptx::Keep::kNotForLong);
-      }
-    }
-    at_ = at_ + Traits::kNumChunks;
   }
+
+  __device__ __forceinline__ void load_boxes(int block, const BlockPages& pages, int head_k) {
+    const bool has_chunk = lane_ < Traits::kNumChunks;
+    if (has_chunk) arm(lane_);
+    __syncwarp();
+#pragma unroll 1
+    for (int row = 0; row < Traits::kBlockN; row += box_tokens_) {
+      const int page = pages.of_box(row / box_tokens_);
+      if (has_chunk) load_box(lane_, row, block, page, head_k);
+    }
+  }
+
+  /// Waits for the slot of the block's chunk number `i` to be empty, and lets its barrier wait for the chunk.
+  __device__ __forceinline__ void arm(int i) const {
+    ptx::mbarrier_wait(kv_empty_ + slot(i) * sizeof(std::uint64_t), at_.phase ^ 1);
+    ptx::mbarrier_arrive_expect(kv_full_ + slot(i) * sizeof(std::uint64_t), Traits::kChunkBytes);
+  }
+  __device__ __forceinline__ void load_box(int i, int row, int block, int page, int head_k) const {
+    const int chunk = i == 0 ? Traits::kRopeChunk : i - 1;
+    ptx::tma_load_4d(kv_ + slot(i) * Traits::kChunkBytes + row * Traits::kRowBytes, &params_.k_cache_map,
+                     kv_full_ + slot(i) * sizeof(std::uint64_t), chunk * Traits::kChunkColumns,
+                     (block * Traits::kBlockN + row) & ((1 << params_.page_size_log2) - 1), head_k, page,
+                     ptx::Keep::kNotForLong);
+  }
+  __device__ __forceinline__ int slot(int i) const { return at_.slot * Traits::kNumChunks + i; }
 
   /// A page that the tensor map does not have: its box arrives as zeros.
   static constexpr int kNoPage = -1;
 
   const DenseDecodeParams& params_;
   const int lane_;
+  const int box_tokens_;
   const std::uint32_t kv_, kv_full_, kv_empty_;
-  ChunkRing<Traits> at_;
+  RingPosition<Traits::kNumConsumers> at_;  // in blocks
 };
+
+/// Loads Q for each piece. By one thread of another warp than KV's, so that KV goes on arriving while consumers end a
+/// piece.
+template <class Traits>
+__device__ void produce_query(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const QueryTile& tile,
+                              int head_k, int part_idx) {
+  std::uint32_t phase = 0;
+  PieceWalk walk(params, shared.plan.part, part_idx);
+  Piece piece;
+  while (walk.next(piece)) {
+    if (piece.begin_block == piece.end_block) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
+    phase ^= 1;
+    load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request, tile,
+                       head_k);
+  }
+}
 
 }  // namespace flash_mla::sm90

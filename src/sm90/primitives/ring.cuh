@@ -15,6 +15,11 @@ struct RingPosition {
     const bool wraps = slot + count >= kSlots;
     return {slot + count - (wraps ? kSlots : 0), phase ^ (wraps ? 1U : 0U)};
   }
+  /// Any number of slots on.
+  __device__ __forceinline__ RingPosition far_on(int count) const {
+    const std::uint32_t sum = static_cast<std::uint32_t>(slot) + static_cast<std::uint32_t>(count);
+    return {static_cast<int>(sum % kSlots), phase ^ (sum / kSlots & 1)};
+  }
 };
 
 }  // namespace flash_mla::sm90
