@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
   const bool issues_query = threadIdx.x / 32 == Traits::kQueryWarp && ptx::elect_one();
   if (issues_query) Kernel::init_query(shared);
+  __syncwarp();
   ptx::wait_for_previous_grids();
   if (!params.shares_kv) ptx::launch_dependents();
   if (issues_query && has_known_query(params) && CtaRole(params).computes) {
