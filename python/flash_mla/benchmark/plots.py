@@ -109,7 +109,7 @@ def _roofline(result: dict[str, Any], figure_module: Any) -> Any:
     _finish(axes, result, len(points))
     figure.draw_without_rendering()  # lays out the axes, which the places of labels depend on
     _draw_slope_label(axes, ceilings["hbm_tbps"])
-    _draw_labels(axes, points[OURS], len(points))
+    _draw_labels(axes, points[OURS], len(points), ceilings["mma_tflops"])
     return figure
 
 
@@ -150,15 +150,21 @@ def _draw_slope_label(axes: Any, tbps: float) -> None:
     )
 
 
-def _draw_labels(axes: Any, points: Sequence[Point], num_series: int) -> None:
-    """Name our points: a column of labels to the right of each group of about one intensity, none over another."""
+def _draw_labels(axes: Any, points: Sequence[Point], num_series: int, roof: float) -> None:
+    """Name our points: a column of labels to the right of each group of about one intensity, none over another or the
+    roof and its label.
+    """
     to_axes = axes.transAxes.inverted()
+    highest = float(to_axes.transform(axes.transData.transform((1.0, roof)))[1]) - 1.5 * _LABEL_GAP
     for group in groups(points):
         group.sort(key=lambda point: point.tflops)
         at = [float(to_axes.transform(axes.transData.transform((1.0, point.tflops)))[1]) for point in group]
         column = max(point.intensity for point in group) * _DODGE ** (num_series + 0.5)
         x = float(to_axes.transform(axes.transData.transform((column, 1.0)))[0])
-        for point, y in zip(group, spread(at, _LABEL_GAP), strict=True):
+        ys = spread(at, _LABEL_GAP)
+        for i, limit in enumerate(highest - _LABEL_GAP * n for n in range(len(ys))):
+            ys[-1 - i] = min(ys[-1 - i], limit)
+        for point, y in zip(group, ys, strict=True):
             axes.annotate(
                 point.label,
                 (point.intensity, point.tflops),
