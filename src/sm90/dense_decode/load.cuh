@@ -28,7 +28,7 @@ class Producer {
 
   __device__ void load_piece(const Piece& piece, int head_k) {
     if (piece.begin_block == piece.end_block) return;
-    pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q
+    pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q: README.md says why they need not be waited for
     typename Boxes::Pages pages = boxes_.look_up(piece, piece.begin_block);
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
