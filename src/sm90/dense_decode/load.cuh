@@ -87,16 +87,10 @@ class QueryProducer {
   /// For each piece, but not until the last QK of the one before is done: all slots before have been filled then, so
   /// that no phase of them is taken for another.
   __device__ __forceinline__ void load_all(int part_idx) {
-    std::uint32_t phase = 0;
-    PieceWalk walk(params_, shared_.plan.part, part_idx);
-    Piece piece;
-    while (walk.next(piece)) {
-      if (piece.begin_block == piece.end_block) continue;
-      ptx::mbarrier_wait(ptx::shared_address(&shared_.q_empty), phase ^ 1);
-      phase ^= 1;
+    for_each_query(params_, shared_, part_idx, [&](const Piece& piece) {
       load<true>(piece.request);
       pair_ = pair_.far_on(Traits::kPairsPerBlock * (piece.end_block - piece.begin_block));
-    }
+    });
   }
 
  private:

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_tiling.h"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -50,6 +51,22 @@ __device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32
 /// is out of KV's way.
 __device__ __forceinline__ bool has_known_query(const DenseDecodeParams& params) {
   return params.batch_size == 1 || params.cluster_size > 0;
+}
+
+/// Calls `load(piece)`, which loads Q, for each piece that has blocks, as soon as Q's memory is free. By one thread of
+/// another warp than KV's, so that KV goes on arriving while a piece ends.
+template <class Storage, class Load>
+__device__ __forceinline__ void for_each_query(const DenseDecodeParams& params, Storage& shared, int part_idx,
+                                               const Load& load) {
+  std::uint32_t phase = 0;
+  PieceWalk walk(params, shared.plan.part, part_idx);
+  Piece piece;
+  while (walk.next(piece)) {
+    if (piece.begin_block == piece.end_block) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
+    phase ^= 1;
+    load(piece);
+  }
 }
 
 }  // namespace flash_mla::sm90

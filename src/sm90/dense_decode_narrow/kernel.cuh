@@ -82,7 +82,10 @@ struct NarrowDecodeKernel {
     if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, role.part_idx);
     if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, role.part_idx);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
-      produce_query<Traits>(params, shared, tile, head_k, role.part_idx);
+      for_each_query(params, shared, role.part_idx, [&](const Piece& piece) {
+        load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
+                           tile, head_k);
+      });
     }
   }
 

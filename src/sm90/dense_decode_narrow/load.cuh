@@ -4,8 +4,6 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
-#include "sm90/dense_decode/query_load.cuh"
-#include "sm90/dense_decode/query_tiling.h"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/ring.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -107,22 +105,5 @@ class NarrowProducer {
   const std::uint32_t kv_, kv_full_, kv_empty_;
   RingPosition<Traits::kNumConsumers> at_;  // in blocks
 };
-
-/// Loads Q for each piece. By one thread of another warp than KV's, so that KV goes on arriving while consumers end a
-/// piece.
-template <class Traits>
-__device__ void produce_query(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const QueryTile& tile,
-                              int head_k, int part_idx) {
-  std::uint32_t phase = 0;
-  PieceWalk walk(params, shared.plan.part, part_idx);
-  Piece piece;
-  while (walk.next(piece)) {
-    if (piece.begin_block == piece.end_block) continue;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
-    phase ^= 1;
-    load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request, tile,
-                       head_k);
-  }
-}
 
 }  // namespace flash_mla::sm90

@@ -90,67 +90,49 @@ class SwizzledOperand {
       : __VA_ARGS__);
 // clang-format on
 
+// One of them with its operands, for the function's Element.
+#define FLASH_MLA_WGMMA_OF_ELEMENT(instruction, ...)      \
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) { \
+    instruction("bf16", __VA_ARGS__)                      \
+  } else {                                                \
+    instruction("f16", __VA_ARGS__)                       \
+  }
+
 #define FLASH_MLA_WGMMA_INPUTS_A_SHARED "l"(a), "l"(b)
 #define FLASH_MLA_WGMMA_INPUTS_A_REGISTERS "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b)
 
 /// D (64 x 64, float) = A (64 x 16) B (16 x 64) [+ D]; A and B from shared memory, both with k contiguous.
 template <class Element>
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], std::uint64_t a, std::uint64_t b, bool accumulate) {
-#define FLASH_MLA_WGMMA(type)                                                                                 \
-  FLASH_MLA_WGMMA_M64N64K16(type, "%32, %33, accumulate, 1, 1, 0, 0", "%34", FLASH_MLA_WGMMA_INPUTS_A_SHARED, \
-                            "r"(static_cast<int>(accumulate)))
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA("bf16")
-  } else {
-    FLASH_MLA_WGMMA("f16")
-  }
-#undef FLASH_MLA_WGMMA
+  FLASH_MLA_WGMMA_OF_ELEMENT(FLASH_MLA_WGMMA_M64N64K16, "%32, %33, accumulate, 1, 1, 0, 0", "%34",
+                             FLASH_MLA_WGMMA_INPUTS_A_SHARED, "r"(static_cast<int>(accumulate)))
 }
 
 /// The same, D += A B, with A from four registers a thread.
 template <class Element>
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
-#define FLASH_MLA_WGMMA(type)                                                            \
-  FLASH_MLA_WGMMA_M64N64K16(type, "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0", "1", \
-                            FLASH_MLA_WGMMA_INPUTS_A_REGISTERS)
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA("bf16")
-  } else {
-    FLASH_MLA_WGMMA("f16")
-  }
-#undef FLASH_MLA_WGMMA
+  FLASH_MLA_WGMMA_OF_ELEMENT(FLASH_MLA_WGMMA_M64N64K16, "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0", "1",
+                             FLASH_MLA_WGMMA_INPUTS_A_REGISTERS)
 }
 
 /// D (64 x 128, float) += A (64 x 16) B (16 x 128); both from shared memory, A with k contiguous, B transposed: its 128
 /// columns are contiguous, k is the row.
 template <class Element>
 __device__ __forceinline__ void wgmma_m64n128k16_tb(float (&d)[64], std::uint64_t a, std::uint64_t b) {
-#define FLASH_MLA_WGMMA(type) \
-  FLASH_MLA_WGMMA_M64N128K16(type, "%64, %65, accumulate, 1, 1, 0, 1", "1", FLASH_MLA_WGMMA_INPUTS_A_SHARED)
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA("bf16")
-  } else {
-    FLASH_MLA_WGMMA("f16")
-  }
-#undef FLASH_MLA_WGMMA
+  FLASH_MLA_WGMMA_OF_ELEMENT(FLASH_MLA_WGMMA_M64N128K16, "%64, %65, accumulate, 1, 1, 0, 1", "1",
+                             FLASH_MLA_WGMMA_INPUTS_A_SHARED)
 }
 
 /// The same with A from four registers a thread.
 template <class Element>
 __device__ __forceinline__ void wgmma_m64n128k16_ra_tb(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
-#define FLASH_MLA_WGMMA(type)                                                             \
-  FLASH_MLA_WGMMA_M64N128K16(type, "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 1", "1", \
+  FLASH_MLA_WGMMA_OF_ELEMENT(FLASH_MLA_WGMMA_M64N128K16, "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 1", "1",
                              FLASH_MLA_WGMMA_INPUTS_A_REGISTERS)
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    FLASH_MLA_WGMMA("bf16")
-  } else {
-    FLASH_MLA_WGMMA("f16")
-  }
-#undef FLASH_MLA_WGMMA
 }
 
 #undef FLASH_MLA_WGMMA_INPUTS_A_REGISTERS
 #undef FLASH_MLA_WGMMA_INPUTS_A_SHARED
+#undef FLASH_MLA_WGMMA_OF_ELEMENT
 #undef FLASH_MLA_WGMMA_M64N128K16
 #undef FLASH_MLA_WGMMA_M64N64K16
 
