@@ -162,8 +162,8 @@ def _draw_labels(axes: Any, points: Sequence[Point], num_series: int, roof: floa
         column = max(point.intensity for point in group) * _DODGE ** (num_series + 0.5)
         x = float(to_axes.transform(axes.transData.transform((column, 1.0)))[0])
         ys = spread(at, _LABEL_GAP)
-        for i, limit in enumerate(highest - _LABEL_GAP * n for n in range(len(ys))):
-            ys[-1 - i] = min(ys[-1 - i], limit)
+        for above, i in enumerate(reversed(range(len(ys)))):
+            ys[i] = min(ys[i], highest - above * _LABEL_GAP)
         for point, y in zip(group, ys, strict=True):
             axes.annotate(
                 point.label,
