@@ -4,6 +4,7 @@
 
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode_narrow/epilogue.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -70,13 +71,12 @@ class ClusterCombine {
     ptx::bulk_copy_to_cta(values, ptx::shared_address(shared_.kv) + to * bytes, bytes, barrier);
   }
 
-  /// Merges this CTA's chunks. By all consumer threads, with the piece's rows in shared memory and the own chunks in
-  /// registers.
-  __device__ __forceinline__ void run(Consumer& consumer, int warpgroup, int request, const QueryTile& tile,
-                                      int head_k) const {
+  /// Merges this CTA's chunks. By all consumer threads, when `epilogue` has merged these.
+  __device__ __forceinline__ void run(Consumer& consumer, const NarrowEpilogue<Traits>& epilogue, int warpgroup,
+                                      int request, const QueryTile& tile, int head_k) const {
     ptx::cluster_wait();  // not for long: all CTAs have begun
     stage(consumer, warpgroup);
-    give_rows();
+    give_rows(epilogue);  // behind stage, whose fence would wait for these stores
     const int vector = threadIdx.x / Traits::kWarpgroupThreads;
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
     const int row = 8 * vector + thread % 4 * 2;
@@ -85,7 +85,7 @@ class ClusterCombine {
     const int rank = ptx::cta_rank_in_cluster();
     const auto* const own = reinterpret_cast<const float4*>(shared_.kv) + rank * chunks_ * kChunkVectors;
     Element* to = output.row(at) + rank * chunks_ * Traits::kChunkColumns + thread / 32 * 16 + thread % 4 * 2;
-    weigh(output, tile, head_k);
+    weigh(epilogue, output, tile, head_k);
     consumer.meet_other();  // weights are there, and what this CTA merges of its own piece
     ptx::mbarrier_wait(ptx::shared_address(&shared_.values_received), 0);
 #pragma unroll 1
@@ -130,7 +130,7 @@ class ClusterCombine {
   }
 
   /// A thread gives a row to a CTA.
-  __device__ __forceinline__ void give_rows() const {
+  __device__ __forceinline__ void give_rows(const NarrowEpilogue<Traits>& epilogue) const {
     const std::uint32_t received = ptx::shared_address(&shared_.rows_received);
     if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, (size_ - 1) * Traits::kRows * sizeof(float2));
     const int to = threadIdx.x / Traits::kRows;
@@ -138,13 +138,13 @@ class ClusterCombine {
     const int rank = ptx::cta_rank_in_cluster();
     if (to >= size_ || to == rank) return;
     const std::uint32_t address = ptx::shared_address(&shared_.rows[row][rank]);
-    ptx::store_to_cta(ptx::map_to_cta(address, to), {shared_.total.max[row], shared_.total.sum[row]},
-                      ptx::map_to_cta(received, to));
+    ptx::store_to_cta(ptx::map_to_cta(address, to), epilogue.total(row), ptx::map_to_cta(received, to));
   }
 
   /// Waits for the rows, and finds what each piece's values are multiplied with. A lane for each piece, and two rows a
   /// warp. The first CTA writes log-sum-exp.
-  __device__ __forceinline__ void weigh(const FinalOutput<Element>& output, const QueryTile& tile, int head_k) const {
+  __device__ __forceinline__ void weigh(const NarrowEpilogue<Traits>& epilogue, const FinalOutput<Element>& output,
+                                        const QueryTile& tile, int head_k) const {
     static_assert(Traits::kRows == 2 * Traits::kConsumerWarps, "two rows a warp");
     const int piece = threadIdx.x % kMaxClusterSize;
     const int row = threadIdx.x / 32 * 2 + threadIdx.x / kMaxClusterSize % 2;
@@ -152,7 +152,7 @@ class ClusterCombine {
     ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_received), 0);
     float2 own = {kNoMax, 0.0F};
     if (piece == ptx::cta_rank_in_cluster()) {
-      own = {shared_.total.max[row], shared_.total.sum[row]};
+      own = epilogue.total(row);
     } else if (piece < size_) {
       own = shared_.rows[row][piece];
     }

@@ -6,6 +6,7 @@
 #include "sm90/dense_decode_narrow/cluster_combine.cuh"
 #include "sm90/dense_decode_narrow/epilogue.cuh"
 #include "sm90/dense_decode_narrow/kernel.cuh"
+#include "sm90/dense_decode_narrow/load.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -19,14 +20,13 @@
 
 namespace flash_mla::sm90 {
 
-/// The share of a request's blocks that a CTA of its cluster works. By one warp.
-__device__ __forceinline__ void plan_cluster(const DenseDecodeParams& params, int cta, scheduler::Part& part) {
+/// The share of a request's blocks that a CTA of its cluster works.
+__device__ __forceinline__ scheduler::Part part_of_cluster(const DenseDecodeParams& params, int cta) {
   const int size = params.cluster_size;
   const int request = cta / size;
   const int rank = cta % size;
   const auto blocks = static_cast<int>(scheduler::num_blocks(min(params.cache_seqlens[request], params.max_seqlen_k)));
-  if (threadIdx.x % 32 != 0) return;
-  part = {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
+  return {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
 }
 
 /// Asks for the request's pages meanwhile. By another warp.
@@ -56,7 +56,14 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     ptx::prefetch_tensor_map(&params.k_cache_map);
     shared.init_cluster_barriers();
   }
-  if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
+  if (warpgroup < Traits::kNumConsumers) Kernel::init_but_kv_full(params, shared);
+  // The one or two blocks of this CTA are loaded by a thread each, as soon as the part is known, and before the threads
+  // meet: each initialises what its copies report to. Not where several tiles read the same KV: CTAs that ask for the
+  // same lines at the same time get them later.
+  const bool loads_at_once = params.box_tokens == Traits::kBlockN && gridDim.x == 1;
+  const int block = warp == Traits::kConsumerWarps ? 0 : warp == Traits::kSplitsWarp ? 1 : -1;
+  const bool issues_kv = block >= 0 && ptx::elect_one();
+  if (issues_kv) Kernel::init_kv_full(shared, block * Traits::kNumChunks, Traits::kNumChunks);
   const bool issues_query = warp == Traits::kQueryWarp && ptx::elect_one();
   if (issues_query) Kernel::init_query(shared);
   __syncwarp();
@@ -66,11 +73,18 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int request = ptx::cta_z() / params.cluster_size;
   if (issues_query) Kernel::load_known_query(params, shared, tile, head_k, request);
   if (warp == Traits::kTablesWarp) prefetch_pages(params, request);
-  if (warp == Traits::kConsumerWarps) plan_cluster(params, ptx::cta_z(), shared.plan.part);
+  if (issues_kv) {
+    const scheduler::Part part = part_of_cluster(params, ptx::cta_z());
+    if (block == 0) shared.plan.part = part;
+    Piece piece;
+    PieceWalk(params, part, 0).next(piece);
+    if (loads_at_once) NarrowProducer<Traits, true>(params, shared).load_into_fresh_slots(piece, block, head_k);
+  }
+  __syncwarp();
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
     ptx::decrease_registers<Traits::kProducerRegisters>();
-    Kernel::produce(params, shared, tile, head_k, CtaRole(params), warp - Traits::kConsumerWarps);
+    if (!loads_at_once) Kernel::produce(params, shared, tile, head_k, CtaRole(params), warp - Traits::kConsumerWarps);
     __syncwarp();
     ptx::cluster_wait();
     ClusterCombine<Traits>(params, shared).give(warp - Traits::kConsumerWarps);
@@ -88,7 +102,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     }
     const NarrowEpilogue<Traits> epilogue(params, shared, piece, tile, head_k, warpgroup);
     epilogue.merge(consumer);
-    ClusterCombine<Traits>(params, shared).run(consumer, warpgroup, piece.request, tile, head_k);
+    ClusterCombine<Traits>(params, shared).run(consumer, epilogue, warpgroup, piece.request, tile, head_k);
   }
 }
 

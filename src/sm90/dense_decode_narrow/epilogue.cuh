@@ -47,14 +47,12 @@ class NarrowEpilogue {
 
   /// Brings both consumers' part of the own chunks together in registers, and the rows into shared memory.
   __device__ __forceinline__ void merge(Consumer& consumer) const {
-    if (!has_blocks()) {
-      if (threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
-      consumer.meet_other();
-      return;
-    }
+    if (!has_blocks()) return;
     if (warpgroup_ == 1) swap_halves(consumer.o);
-    give_sums(consumer);
-    consumer.meet_other();                // and nobody reads Q or KV any more
+    give_rows(consumer);
+    consumer.wait_for_qk();  // so that nobody reads Q
+    give(consumer, 0);
+    consumer.meet_other();
     float own[Traits::kRowsPerThread];    // what this consumer's O is multiplied with
     float other[Traits::kRowsPerThread];  // and the other's
 #pragma unroll
@@ -64,14 +62,30 @@ class NarrowEpilogue {
       own[k] = ptx::exp2_approx((consumer.row_max[k] - max) * params_.softmax_scale_log2);
       other[k] = ptx::exp2_approx((other_max - max) * params_.softmax_scale_log2);
     }
+    take(consumer, 0, own, other);
 #pragma unroll
-    for (int first = 0; first < Traits::kOwnChunks; first += kStagedChunks) {
-      if (first > 0) consumer.meet_other();  // read, before it is written again
+    for (int first = kStagedChunks; first < Traits::kOwnChunks; first += kStagedChunks) {
+      consumer.meet_other();  // read, before it is written again
       give(consumer, first);
-      if (first == 0 && threadIdx.x < Traits::kRows) merge_row(threadIdx.x);
       consumer.meet_other();
       take(consumer, first, own, other);
     }
+  }
+
+  /// A row's maximum, times softmax_scale_log2, and sum over both consumers, once these are merged.
+  __device__ __forceinline__ float2 total(int row) const {
+    float max = kNoMax;
+    float sum = 0.0F;
+    if (has_blocks()) {
+      max = fmaxf(shared_.row_max[0][row], shared_.row_max[1][row]);
+#pragma unroll
+      for (int w = 0; w < Traits::kNumConsumers; ++w) {
+        const float4 part = shared_.warp_sums[w][row];
+        const float factor = ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
+        sum += (part.x + part.y + part.z + part.w) * factor;
+      }
+    }
+    return {max * params_.softmax_scale_log2, sum};
   }
 
   /// Before another piece: what consumers exchanged is read, and the memory of Q is Q's again.
@@ -90,11 +104,15 @@ class NarrowEpilogue {
   /// that it stores two columns of a row.
   __device__ __forceinline__ void write_final(const Consumer& consumer) const {
     const FinalOutput<Element> output{params_, piece_.request};
+    if (const int row = static_cast<int>(threadIdx.x); row < Traits::kRows) {
+      const float2 its = total(row);
+      const RowCoordinate at = coordinate(row);
+      if (at.is_valid) output.write_lse(at, its.x, its.y);
+    }
+    __syncwarp();
     float inverse[Traits::kRowsPerThread];
 #pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      inverse[k] = inverse_sum(shared_.total.sum[Consumer::row_at(k)]);
-    }
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) inverse[k] = inverse_sum(total(Consumer::row_at(k)).y);
     const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
                              static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -118,9 +136,10 @@ class NarrowEpilogue {
   __device__ __forceinline__ void write_partial(const Consumer& consumer) const {
     const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
     if (const int unit = static_cast<int>(threadIdx.x); unit < slot.kNumUnits) {
-      const int row = unit / Traits::kNumConsumers;
-      Total{shared_.total.max[row], shared_.total.sum[row], 1.0F}.announce(slot.totals(unit), params_.token);
+      const float2 its = total(unit / Traits::kNumConsumers);
+      Total{its.x, its.y, 1.0F}.announce(slot.totals(unit), params_.token);
     }
+    __syncwarp();
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
@@ -138,39 +157,16 @@ class NarrowEpilogue {
   __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
   __device__ bool has_blocks() const { return piece_.begin_block < piece_.end_block; }
 
-  __device__ __forceinline__ void give_sums(const Consumer& consumer) const {
+  /// Brings this consumer's maxima and sums into shared memory.
+  __device__ __forceinline__ void give_rows(const Consumer& consumer) const {
     const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
     const bool has_rows = threadIdx.x % 32 < 4;  // the lanes of the warp that write
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
       const float sum = column_reduce_sum(consumer.row_sum[k]);
       const int row = Consumer::row_at(k);
-      if (has_rows) shared_.warp_sum[warpgroup_][warp][row] = sum;
+      if (has_rows) reinterpret_cast<float*>(&shared_.warp_sums[warpgroup_][row])[warp] = sum;
       if (has_rows && warp == 0) shared_.row_max[warpgroup_][row] = consumer.row_max[k];
-    }
-  }
-
-  /// A row's maximum and sum over both consumers, for all of them once they have met again.
-  __device__ __forceinline__ void merge_row(int row) const {
-    float max = kNoMax;
-    float sum = 0.0F;
-    if (has_blocks()) {
-      max = fmaxf(shared_.row_max[0][row], shared_.row_max[1][row]);
-#pragma unroll
-      for (int w = 0; w < Traits::kNumConsumers; ++w) {
-        float part = 0.0F;
-#pragma unroll
-        for (int i = 0; i < Traits::kWarpgroupWarps; ++i) part += shared_.warp_sum[w][i][row];
-        sum += part * ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
-      }
-    }
-    shared_.total.max[row] = max * params_.softmax_scale_log2;
-    shared_.total.sum[row] = sum;
-    if (piece_.is_whole) {
-      const RowCoordinate at = coordinate(row);
-      if (at.is_valid) {
-        FinalOutput<Element>{params_, piece_.request}.write_lse(at, max * params_.softmax_scale_log2, sum);
-      }
     }
   }
 

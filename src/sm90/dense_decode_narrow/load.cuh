@@ -36,13 +36,21 @@ class NarrowProducer {
         kv_full_(ptx::shared_address(shared.kv_full)),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
+  /// Block number `i` of the part's only piece, which has no more than the ring: its slots are fresh.
+  __device__ __forceinline__ void load_into_fresh_slots(const Piece& piece, int i, int head_k) {
+    const int block = piece.begin_block + i;
+    if (block >= piece.end_block) return;
+    at_ = at_ + i;
+    load_whole_block<false>(block, look_up(piece, block).first, head_k);
+  }
+
   __device__ void load_piece(const Piece& piece, int head_k) {
     BlockPages pages = look_up(piece, piece.begin_block);
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       const BlockPages next_pages = look_up(piece, block + 1);  // a block ahead, to hide its latency
       if constexpr (kIsWhole) {
-        load_whole_block(block, pages.first, head_k);
+        load_whole_block<true>(block, pages.first, head_k);
       } else {
         load_boxes(block, pages, head_k);
       }
@@ -63,17 +71,18 @@ class NarrowProducer {
     return __ldg(params_.block_table + piece.request * params_.stride_block_table + (token >> params_.page_size_log2));
   }
 
+  template <bool kWaits>
   __device__ __forceinline__ void load_whole_block(int block, int page, int head_k) {
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
-      arm(i);
+      arm<kWaits>(i);
       load_box(i, 0, block, page, head_k);
     }
   }
 
   __device__ __forceinline__ void load_boxes(int block, const BlockPages& pages, int head_k) {
     const bool has_chunk = lane_ < Traits::kNumChunks;
-    if (has_chunk) arm(lane_);
+    if (has_chunk) arm<true>(lane_);
     __syncwarp();
 #pragma unroll 1
     for (int row = 0; row < Traits::kBlockN; row += box_tokens_) {
@@ -82,9 +91,11 @@ class NarrowProducer {
     }
   }
 
-  /// Waits for the slot of the block's chunk number `i` to be empty, and lets its barrier wait for the chunk.
+  /// Waits for the slot of the block's chunk number `i` to be empty, unless it is fresh, and lets its barrier wait for
+  /// the chunk.
+  template <bool kWaits>
   __device__ __forceinline__ void arm(int i) const {
-    ptx::mbarrier_wait(kv_empty_ + slot(i) * sizeof(std::uint64_t), at_.phase ^ 1);
+    if (kWaits) ptx::mbarrier_wait(kv_empty_ + slot(i) * sizeof(std::uint64_t), at_.phase ^ 1);
     ptx::mbarrier_arrive_expect(kv_full_ + slot(i) * sizeof(std::uint64_t), Traits::kChunkBytes);
   }
   __device__ __forceinline__ void load_box(int i, int row, int block, int page, int head_k) const {

@@ -63,6 +63,7 @@ class NarrowConsumer {
     ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
     q_phase_ ^= 1;
     const int num_blocks = piece.end_block - piece.begin_block;
+    if (warpgroup_ >= num_blocks) ptx::mbarrier_arrive(ptx::shared_address(&shared_.qk_over));
 #pragma unroll 1
     for (int own = warpgroup_; own < num_blocks; own += Traits::kNumConsumers) {
       at_ = ring_position_of_block<Traits>(first_block_ + own);
@@ -70,11 +71,12 @@ class NarrowConsumer {
       issue_qk();
       ptx::wgmma_wait<0>();
       release(0, 1);
+      if (own + Traits::kNumConsumers >= num_blocks) ptx::mbarrier_arrive(ptx::shared_address(&shared_.qk_over));
       // A warp may be ahead of the others by now, and they may still multiply with the block's P before.
       ptx::named_barrier_sync(kWarpgroupReady + warpgroup_, Traits::kWarpgroupThreads);
       const int begin_token = (piece.begin_block + own) * Traits::kBlockN;
       if (begin_token + Traits::kBlockN > min_limit) mask(piece, tile, begin_token);
-      soften();
+      soften(own < Traits::kNumConsumers);
       ptx::wgmma_fence();
       issue_pv();
       ptx::wgmma_wait<1>();
@@ -83,6 +85,12 @@ class NarrowConsumer {
       release(1 + Traits::kOwnChunks, Traits::kOwnChunks);
     }
     first_block_ += num_blocks;
+  }
+
+  /// Waits until both consumers are done with the piece's last QK, and so with the memory of Q.
+  __device__ __forceinline__ void wait_for_qk() {
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_over), qk_phase_);
+    qk_phase_ ^= 1;
   }
 
   /// Waits until the other consumer has come here too.
@@ -138,17 +146,17 @@ class NarrowConsumer {
   }
 
   /// P of the own block into shared memory, and its sums. While no P is large the maxima are kept, so that the usual
-  /// block needs no reduction over tokens but the barrier that P needs anyway.
-  __device__ __forceinline__ void soften() {
+  /// block, if it is not the piece's first, needs no reduction over tokens but the barrier that P needs anyway.
+  __device__ __forceinline__ void soften(bool is_first) {
     const float scale_log2 = params_.softmax_scale_log2;
     float sum[Traits::kRowsPerThread];
 #pragma unroll 1
-    for (bool is_lazy = true;; is_lazy = false) {
+    for (bool looks = is_first;; looks = true) {
+      if (looks) raise_maxima(scale_log2);
       const bool is_large = exponentiate(scale_log2, sum);
       ptx::fence_proxy_async();
       const bool any_large = ptx::named_barrier_any(kWarpgroupReady + warpgroup_, Traits::kWarpgroupThreads, is_large);
-      if (!is_lazy || !any_large) break;
-      raise_maxima(scale_log2);
+      if (looks || !any_large) break;
     }
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) row_sum[k] += sum[k];
@@ -253,6 +261,7 @@ class NarrowConsumer {
   const int warpgroup_;
   const std::uint32_t q_, p_, kv_, kv_full_, kv_empty_;
   std::uint32_t q_phase_ = 0;
+  std::uint32_t qk_phase_ = 0;
   std::uint32_t met_phase_ = 0;
   unsigned first_block_ = 0;  // blocks of the pieces before, by both warpgroups
   Ring at_;                   // the own block

@@ -47,13 +47,6 @@ struct NarrowTraits : TileTraits<Element> {
   static_assert(Base::kRowBytes == Base::kBlockN * sizeof(Element), "a row of P is a row of the swizzle");
 };
 
-/// A tile's rows after a piece: maxima, times softmax_scale_log2, and sums of exp2(score - maximum).
-template <class Traits>
-struct alignas(16) PieceRows {
-  float max[Traits::kRows];
-  float sum[Traits::kRows];
-};
-
 template <class Traits>
 struct alignas(1024) NarrowStorage {
   /// The memory of Q, P and KV, where split requests are merged in the end.
@@ -64,13 +57,13 @@ struct alignas(1024) NarrowStorage {
   unsigned char p[Traits::kNumConsumers][Traits::kPBytes];
   unsigned char kv[Traits::kNumSlots][Traits::kChunkBytes];
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
-  float warp_sum[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
+  float4 warp_sums[Traits::kNumConsumers][Traits::kRows];  // of the consumer's four warps
   float row_max[Traits::kNumConsumers][Traits::kRows];
-  PieceRows<Traits> total;
   PartPlan plan;
   MergeBarriers merge_barriers;
   std::uint64_t q_full;
   std::uint64_t q_empty;
+  std::uint64_t qk_over;
   std::uint64_t consumers_met;
   std::uint64_t kv_full[Traits::kNumSlots];
   std::uint64_t kv_empty[Traits::kNumSlots];
