@@ -109,7 +109,7 @@ def _roofline(result: dict[str, Any], figure_module: Any) -> Any:
     _finish(axes, result, len(points))
     figure.draw_without_rendering()  # lays out the axes, which the places of labels depend on
     _draw_slope_label(axes, ceilings["hbm_tbps"])
-    _draw_labels(axes, points[OURS], len(points), ceilings["mma_tflops"])
+    _draw_labels(axes, points[OURS], len(points), ceilings)
     return figure
 
 
@@ -150,17 +150,22 @@ def _draw_slope_label(axes: Any, tbps: float) -> None:
     )
 
 
-def _draw_labels(axes: Any, points: Sequence[Point], num_series: int, roof: float) -> None:
-    """Name our points: a column of labels to the right of each group of about one intensity, none over another or the
-    roof and its label.
+def _draw_labels(axes: Any, points: Sequence[Point], num_series: int, ceilings: dict[str, Any]) -> None:
+    """Name our points: a column of labels to the right of each group of about one intensity, none over another, the
+    roof, its label or the slope.
     """
     to_axes = axes.transAxes.inverted()
-    highest = float(to_axes.transform(axes.transData.transform((1.0, roof)))[1]) - 1.5 * _LABEL_GAP
+
+    def height(tflops: float) -> float:
+        return float(to_axes.transform(axes.transData.transform((1.0, tflops)))[1])
+
+    under_roof = height(ceilings["mma_tflops"]) - 1.5 * _LABEL_GAP
     for group in groups(points):
         group.sort(key=lambda point: point.tflops)
-        at = [float(to_axes.transform(axes.transData.transform((1.0, point.tflops)))[1]) for point in group]
+        at = [height(point.tflops) for point in group]
         column = max(point.intensity for point in group) * _DODGE ** (num_series + 0.5)
         x = float(to_axes.transform(axes.transData.transform((column, 1.0)))[0])
+        highest = min(under_roof, height(column * ceilings["hbm_tbps"]) - 0.7 * _LABEL_GAP)
         ys = spread(at, _LABEL_GAP)
         for above, i in enumerate(reversed(range(len(ys)))):
             ys[i] = min(ys[i], highest - above * _LABEL_GAP)
