@@ -76,11 +76,10 @@ std::optional<Work> divide_by_blocks(const DenseDecodeShape& shape, int num_sms,
 /// that clusters hold them, and so few that all run at once. These need no plan and no workspace. On the current
 /// device.
 std::optional<Work> divide_by_clusters(const DenseDecodeShape& shape) {
-  constexpr int kBlocksPerCta = 2;
   const std::int64_t max_blocks = (max_seqlen_k(shape) + scheduler::kBlockN - 1) / scheduler::kBlockN;
-  if (max_blocks > kBlocksPerCta * sm90::kMaxClusterSize) return std::nullopt;
+  if (max_blocks > sm90::kClusterBlocksPerCta * sm90::kMaxClusterSize) return std::nullopt;
   int size = sm90::kMinClusterSize;
-  while (kBlocksPerCta * size < max_blocks) size *= 2;
+  while (sm90::kClusterBlocksPerCta * size < max_blocks) size *= 2;
   const sm90::QueryTiling tiling = make_tiling(shape, sm90::kMinTileRows);
   const std::int64_t clusters = shape.batch_size * tiling.num_tiles * shape.num_heads_k;
   if (clusters > sm90::max_active_clusters(size)) return std::nullopt;

@@ -29,7 +29,7 @@ __device__ __forceinline__ scheduler::Part part_of_cluster(const DenseDecodePara
   return {request, blocks * rank / size, request, blocks * (rank + 1) / size, 1, 0, {}};
 }
 
-/// Asks for the request's pages meanwhile. By another warp.
+/// Asks for the request's pages meanwhile. By one warp.
 __device__ __forceinline__ void prefetch_pages(const DenseDecodeParams& params, int request) {
   const int first_page = threadIdx.x % 32 * 32;  // of a line of the block table
   if (first_page < params.max_seqlen_k >> params.page_size_log2) {
@@ -44,6 +44,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     cluster_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
   using Kernel = NarrowDecodeKernel<Traits>;
+  static_assert(Traits::kNumSlots == kClusterBlocksPerCta * Traits::kNumChunks, "each block has slots of its own");
   extern __shared__ unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ClusterStorage<Traits>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     shared.init_cluster_barriers();
   }
   if (warpgroup < Traits::kNumConsumers) Kernel::init_but_kv_full(params, shared);
-  // The one or two blocks of this CTA are loaded by a thread each, as soon as the part is known, and before the threads
+  // This CTA's blocks, two at most, are loaded by a thread each, as soon as the part is known and before all threads
   // meet: each initialises what its copies report to. Not where several tiles read the same KV: CTAs that ask for the
   // same lines at the same time get them later.
   const bool loads_at_once = params.box_tokens == Traits::kBlockN && gridDim.x == 1;

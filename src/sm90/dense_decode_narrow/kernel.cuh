@@ -25,7 +25,8 @@ struct NarrowDecodeKernel {
     if (threadIdx.x == 32) init_kv_full(shared, 0, Traits::kNumSlots);
     init_but_kv_full(params, shared);
   }
-  /// Barriers that copies to `count` slots from `first` on report to. By a thread.
+  /// Barriers that copies to `count` slots from `first` on report to. By a thread, and not by a lane for each: barriers
+  /// are initialised one at a time all the same.
   __device__ static void init_kv_full(Storage& shared, int first, int count) {
     for (int i = first; i < first + count; ++i) ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[i]), 1);
     ptx::fence_mbarrier_init();
@@ -37,7 +38,6 @@ struct NarrowDecodeKernel {
       ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
       ptx::fence_mbarrier_init();
     }
-    // Not by a lane for each: barriers are initialised one at a time all the same.
     if (threadIdx.x == 64) {
       for (auto& barrier : shared.kv_empty) {
         ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);

@@ -36,7 +36,8 @@ class NarrowProducer {
         kv_full_(ptx::shared_address(shared.kv_full)),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
-  /// Block number `i` of the part's only piece, which has no more than the ring: its slots are fresh.
+  /// Block number `i` of the part's only piece, which has no more blocks than the ring holds: its slots are fresh, and
+  /// not waited for. By one thread for each block.
   __device__ __forceinline__ void load_into_fresh_slots(const Piece& piece, int i, int head_k) {
     const int block = piece.begin_block + i;
     if (block >= piece.end_block) return;

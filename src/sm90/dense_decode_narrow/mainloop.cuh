@@ -146,7 +146,8 @@ class NarrowConsumer {
   }
 
   /// P of the own block into shared memory, and its sums. While no P is large the maxima are kept, so that the usual
-  /// block, if it is not the piece's first, needs no reduction over tokens but the barrier that P needs anyway.
+  /// block, if it is not this consumer's first of a piece, needs no reduction over tokens but the barrier that P needs
+  /// anyway.
   __device__ __forceinline__ void soften(bool is_first) {
     const float scale_log2 = params_.softmax_scale_log2;
     float sum[Traits::kRowsPerThread];
