@@ -44,7 +44,7 @@ class ClusterCombine {
   static_assert(kChunkVectors == Traits::kConsumerThreads, "a thread has the same rows of each chunk");
 
  public:
-  static_assert(Traits::kRows * kHeadDimV * sizeof(float) <= Traits::kNumSlots * Traits::kChunkBytes,
+  static_assert(Traits::kRows * kHeadDimV * sizeof(float) <= Traits::kNumSlots * Traits::kBlockBytes,
                 "the memory of KV, of which all blocks are done, holds what goes to other CTAs");
 
   __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared)

@@ -44,7 +44,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     cluster_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
   using Kernel = NarrowDecodeKernel<Traits>;
-  static_assert(Traits::kNumSlots == kClusterBlocksPerCta * Traits::kNumChunks, "each block has slots of its own");
+  static_assert(Traits::kNumSlots == kClusterBlocksPerCta, "each block has a slot of its own");
   extern __shared__ unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ClusterStorage<Traits>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const bool loads_at_once = params.box_tokens == Traits::kBlockN && gridDim.x == 1;
   const int block = warp == Traits::kConsumerWarps ? 0 : warp == Traits::kSplitsWarp ? 1 : -1;
   const bool issues_kv = block >= 0 && ptx::elect_one();
-  if (issues_kv) Kernel::init_kv_full(shared, block * Traits::kNumChunks, Traits::kNumChunks);
+  if (issues_kv) Kernel::init_kv_full(shared, block);
   const bool issues_query = warp == Traits::kQueryWarp && ptx::elect_one();
   if (issues_query) Kernel::init_query(shared);
   __syncwarp();

@@ -22,13 +22,14 @@ struct NarrowDecodeKernel {
   using Storage = NarrowStorage<Traits>;
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
-    if (threadIdx.x == 32) init_kv_full(shared, 0, Traits::kNumSlots);
+    if (threadIdx.x == 32) init_kv_full(shared, 0);
+    if (threadIdx.x == 64) init_kv_full(shared, 1);
     init_but_kv_full(params, shared);
   }
-  /// Barriers that copies to `count` slots from `first` on report to. By a thread, and not by a lane for each: barriers
-  /// are initialised one at a time all the same.
-  __device__ static void init_kv_full(Storage& shared, int first, int count) {
-    for (int i = first; i < first + count; ++i) ptx::mbarrier_init(ptx::shared_address(&shared.kv_full[i]), 1);
+  /// Barriers that copies to a slot report to. By a thread, and not by a lane for each: barriers are initialised one at
+  /// a time all the same.
+  __device__ static void init_kv_full(Storage& shared, int slot) {
+    for (auto& barrier : shared.kv_full[slot]) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     ptx::fence_mbarrier_init();
   }
   __device__ static void init_but_kv_full(const DenseDecodeParams& params, Storage& shared) {
@@ -36,9 +37,6 @@ struct NarrowDecodeKernel {
       ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
       ptx::mbarrier_init(ptx::shared_address(&shared.qk_over), Traits::kConsumerThreads);
       ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
-      ptx::fence_mbarrier_init();
-    }
-    if (threadIdx.x == 64) {
       for (auto& barrier : shared.kv_empty) {
         ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);
       }

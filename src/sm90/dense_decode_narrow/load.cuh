@@ -21,10 +21,10 @@ struct BlockPages {
   __device__ int of_box(int box) const { return __shfl_sync(~0U, box < 32 ? first : second, box % 32); }
 };
 
-/// Fills the ring with the part's KV blocks, in order and across pieces. Where pages have 64 tokens or more, a chunk is
-/// one box (kIsWhole), and one thread does it all. Else by one warp, a lane for each chunk: a block then comes as boxes
-/// of a few tokens and the 64 columns of a chunk, all columns of a token at about the same time, as memory has them in
-/// a row.
+/// Fills the ring with the part's KV blocks, in order and across pieces, each as soon as a slot is empty: all columns
+/// of a token are then asked for at about the same time, as memory has them in a row. Where pages have 64 tokens or
+/// more, a chunk is one box (kIsWhole), and one thread does it all. Else by one warp, a lane for each chunk: a block
+/// then comes as boxes of a few tokens.
 template <class Traits, bool kIsWhole>
 class NarrowProducer {
  public:
@@ -42,7 +42,7 @@ class NarrowProducer {
     const int block = piece.begin_block + i;
     if (block >= piece.end_block) return;
     at_ = at_ + i;
-    load_whole_block<false>(block, look_up(piece, block).first, head_k);
+    load_whole_block(block, look_up(piece, block).first, head_k);
   }
 
   __device__ void load_piece(const Piece& piece, int head_k) {
@@ -50,8 +50,9 @@ class NarrowProducer {
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       const BlockPages next_pages = look_up(piece, block + 1);  // a block ahead, to hide its latency
+      ptx::mbarrier_wait(kv_empty_ + at_.slot * sizeof(std::uint64_t), at_.phase ^ 1);
       if constexpr (kIsWhole) {
-        load_whole_block<true>(block, pages.first, head_k);
+        load_whole_block(block, pages.first, head_k);
       } else {
         load_boxes(block, pages, head_k);
       }
@@ -72,18 +73,17 @@ class NarrowProducer {
     return __ldg(params_.block_table + piece.request * params_.stride_block_table + (token >> params_.page_size_log2));
   }
 
-  template <bool kWaits>
   __device__ __forceinline__ void load_whole_block(int block, int page, int head_k) {
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
-      arm<kWaits>(i);
+      arm(i);
       load_box(i, 0, block, page, head_k);
     }
   }
 
   __device__ __forceinline__ void load_boxes(int block, const BlockPages& pages, int head_k) {
     const bool has_chunk = lane_ < Traits::kNumChunks;
-    if (has_chunk) arm<true>(lane_);
+    if (has_chunk) arm(lane_);
     __syncwarp();
 #pragma unroll 1
     for (int row = 0; row < Traits::kBlockN; row += box_tokens_) {
@@ -92,21 +92,18 @@ class NarrowProducer {
     }
   }
 
-  /// Waits for the slot of the block's chunk number `i` to be empty, unless it is fresh, and lets its barrier wait for
-  /// the chunk.
-  template <bool kWaits>
-  __device__ __forceinline__ void arm(int i) const {
-    if (kWaits) ptx::mbarrier_wait(kv_empty_ + slot(i) * sizeof(std::uint64_t), at_.phase ^ 1);
-    ptx::mbarrier_arrive_expect(kv_full_ + slot(i) * sizeof(std::uint64_t), Traits::kChunkBytes);
-  }
+  /// Lets the barrier of the slot's chunk number `i` wait for it.
+  __device__ __forceinline__ void arm(int i) const { ptx::mbarrier_arrive_expect(full(i), Traits::kChunkBytes); }
   __device__ __forceinline__ void load_box(int i, int row, int block, int page, int head_k) const {
     const int chunk = i == 0 ? Traits::kRopeChunk : i - 1;
-    ptx::tma_load_4d(kv_ + slot(i) * Traits::kChunkBytes + row * Traits::kRowBytes, &params_.k_cache_map,
-                     kv_full_ + slot(i) * sizeof(std::uint64_t), chunk * Traits::kChunkColumns,
+    const std::uint32_t to = kv_ + at_.slot * Traits::kBlockBytes + i * Traits::kChunkBytes + row * Traits::kRowBytes;
+    ptx::tma_load_4d(to, &params_.k_cache_map, full(i), chunk * Traits::kChunkColumns,
                      (block * Traits::kBlockN + row) & ((1 << params_.page_size_log2) - 1), head_k, page,
                      ptx::Keep::kNotForLong);
   }
-  __device__ __forceinline__ int slot(int i) const { return at_.slot * Traits::kNumChunks + i; }
+  __device__ __forceinline__ std::uint32_t full(int i) const {
+    return kv_full_ + (at_.slot * Traits::kNumChunks + i) * sizeof(std::uint64_t);
+  }
 
   /// A page that the tensor map does not have: its box arrives as zeros.
   static constexpr int kNoPage = -1;
@@ -115,7 +112,7 @@ class NarrowProducer {
   const int lane_;
   const int box_tokens_;
   const std::uint32_t kv_, kv_full_, kv_empty_;
-  RingPosition<Traits::kNumConsumers> at_;  // in blocks
+  RingPosition<Traits::kNumSlots> at_;
 };
 
 }  // namespace flash_mla::sm90

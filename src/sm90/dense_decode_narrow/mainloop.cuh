@@ -25,7 +25,6 @@ namespace flash_mla::sm90 {
 template <class Traits>
 class NarrowConsumer {
   using Element = typename Traits::Element;
-  using Ring = ChunkRing<Traits>;
 
  public:
   __device__ __forceinline__ NarrowConsumer(const DenseDecodeParams& params, NarrowStorage<Traits>& shared,
@@ -70,7 +69,6 @@ class NarrowConsumer {
       ptx::wgmma_fence();
       issue_qk();
       ptx::wgmma_wait<0>();
-      release(0, 1);
       if (own + Traits::kNumConsumers >= num_blocks) ptx::mbarrier_arrive(ptx::shared_address(&shared_.qk_over));
       // A warp may be ahead of the others by now, and they may still multiply with the block's P before.
       ptx::named_barrier_sync(kWarpgroupReady + warpgroup_, Traits::kWarpgroupThreads);
@@ -79,10 +77,8 @@ class NarrowConsumer {
       soften(own < Traits::kNumConsumers);
       ptx::wgmma_fence();
       issue_pv();
-      ptx::wgmma_wait<1>();
-      release(1, Traits::kOwnChunks);
       ptx::wgmma_wait<0>();
-      release(1 + Traits::kOwnChunks, Traits::kOwnChunks);
+      release();
     }
     first_block_ += num_blocks;
   }
@@ -109,17 +105,18 @@ class NarrowConsumer {
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x % Traits::kWarpgroupThreads / 32; }
 
-  /// Address of the block's chunk of V, in shared memory.
-  __device__ std::uint32_t slot_address(int i) const { return kv_ + (at_ + i).slot * Traits::kChunkBytes; }
+  /// Address of the own block's chunk number `i` in its slot, in shared memory.
+  __device__ std::uint32_t chunk_address(int i) const {
+    return kv_ + at_.slot * Traits::kBlockBytes + i * Traits::kChunkBytes;
+  }
 
   __device__ __forceinline__ void issue_qk() {
     const ptx::SwizzledOperand<16> q(q_);
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
-      const Ring at = at_ + i;
       const int chunk = i == 0 ? Traits::kRopeChunk : i - 1;
-      ptx::mbarrier_wait(kv_full_ + at.slot * sizeof(std::uint64_t), at.phase);
-      const ptx::SwizzledOperand<16> k(kv_ + at.slot * Traits::kChunkBytes);
+      ptx::mbarrier_wait(kv_full_ + (at_.slot * Traits::kNumChunks + i) * sizeof(std::uint64_t), at_.phase);
+      const ptx::SwizzledOperand<16> k(chunk_address(i));
 #pragma unroll
       for (int step = 0; step < Traits::kRowBytes / Traits::kStepBytes; ++step) {
         ptx::wgmma_m64k16<Element, false>(s_, k.at(step * Traits::kStepBytes),
@@ -130,19 +127,19 @@ class NarrowConsumer {
     ptx::wgmma_commit();
   }
 
-  /// O^T += V^T P^T, in two groups of four chunks.
+  /// O^T += V^T P^T.
   __device__ __forceinline__ void issue_pv() {
     const ptx::SwizzledOperand<16> p(p_);
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kNumVChunks; ++chunk) {
-      const ptx::SwizzledOperand<Traits::kChunkBytes> v(slot_address(1 + chunk));
+      const ptx::SwizzledOperand<Traits::kChunkBytes> v(chunk_address(1 + chunk));
 #pragma unroll
       for (int step = 0; step < Traits::kBlockN / 16; ++step) {
         ptx::wgmma_m64k16<Element, true>(o[chunk], v.at(step * 16 * Traits::kRowBytes), p.at(step * Traits::kStepBytes),
                                          true);
       }
-      if ((chunk + 1) % Traits::kOwnChunks == 0) ptx::wgmma_commit();
     }
+    ptx::wgmma_commit();
   }
 
   /// P of the own block into shared memory, and its sums. While no P is large the maxima are kept, so that the usual
@@ -244,7 +241,7 @@ class NarrowConsumer {
     constexpr int kVectorsPerRow = Traits::kRowBytes / sizeof(uint4);
     constexpr int kThreadsPerRow = kVectorsPerRow * Traits::kNumVChunks;
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
-    const std::uint32_t column = slot_address(1 + thread % kThreadsPerRow / kVectorsPerRow) +
+    const std::uint32_t column = chunk_address(1 + thread % kThreadsPerRow / kVectorsPerRow) +
                                  thread % kVectorsPerRow * static_cast<int>(sizeof(uint4));
     for (int row = live + thread / kThreadsPerRow; row < Traits::kBlockN;
          row += Traits::kWarpgroupThreads / kThreadsPerRow) {
@@ -252,9 +249,9 @@ class NarrowConsumer {
     }
   }
 
-  /// This warp is done with `count` chunks of the block from `first` on.
-  __device__ __forceinline__ void release(int first, int count) {
-    if (lane() < count) ptx::mbarrier_arrive(kv_empty_ + (at_ + (first + lane())).slot * sizeof(std::uint64_t));
+  /// This warp is done with the own block.
+  __device__ __forceinline__ void release() {
+    if (lane() == 0) ptx::mbarrier_arrive(kv_empty_ + at_.slot * sizeof(std::uint64_t));
   }
 
   const DenseDecodeParams& params_;
@@ -264,8 +261,8 @@ class NarrowConsumer {
   std::uint32_t q_phase_ = 0;
   std::uint32_t qk_phase_ = 0;
   std::uint32_t met_phase_ = 0;
-  unsigned first_block_ = 0;  // blocks of the pieces before, by both warpgroups
-  Ring at_;                   // the own block
+  unsigned first_block_ = 0;            // blocks of the pieces before, by both warpgroups
+  RingPosition<Traits::kNumSlots> at_;  // the own block
   float s_[Traits::kAccumulators];
 };
 

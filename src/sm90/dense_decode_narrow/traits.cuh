@@ -19,9 +19,10 @@ struct NarrowTraits : TileTraits<Element> {
 
   static constexpr int kQChunkBytes = kRows * Base::kRowBytes;
   static constexpr int kPBytes = kRows * Base::kRowBytes;
-  /// Slots of the ring, a chunk of 64 tokens and 64 columns each. Two blocks: a slot always returns to the same
-  /// consumer, so that whoever waits for a phase of its barrier has seen the one before.
-  static constexpr int kNumSlots = Base::kNumConsumers * Base::kNumChunks;
+  /// Slots of the ring, a block each. Two: a slot always returns to the same consumer, so that whoever waits for a
+  /// phase of its barriers has seen the one before.
+  static constexpr int kNumSlots = Base::kNumConsumers;
+  static constexpr int kBlockBytes = Base::kNumChunks * Base::kChunkBytes;
   /// Registers of an accumulator of 64 x kRows, and query rows that a thread holds values of.
   static constexpr int kAccumulators = kRows / 2;
   static constexpr int kRowsPerThread = kRows / 4;
@@ -51,11 +52,11 @@ template <class Traits>
 struct alignas(1024) NarrowStorage {
   /// The memory of Q, P and KV, where split requests are merged in the end.
   static constexpr int kMergeBytes =
-      Traits::kQBytes + Traits::kNumConsumers * Traits::kPBytes + Traits::kNumSlots * Traits::kChunkBytes;
+      Traits::kQBytes + Traits::kNumConsumers * Traits::kPBytes + Traits::kNumSlots * Traits::kBlockBytes;
 
   unsigned char q[Traits::kQBytes];  // at the end of a piece: O on its way between consumers
   unsigned char p[Traits::kNumConsumers][Traits::kPBytes];
-  unsigned char kv[Traits::kNumSlots][Traits::kChunkBytes];
+  unsigned char kv[Traits::kNumSlots][Traits::kNumChunks][Traits::kChunkBytes];  // RoPE first
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float4 warp_sums[Traits::kNumConsumers][Traits::kRows];  // of the consumer's four warps
   float row_max[Traits::kNumConsumers][Traits::kRows];
@@ -65,7 +66,7 @@ struct alignas(1024) NarrowStorage {
   std::uint64_t q_empty;
   std::uint64_t qk_over;
   std::uint64_t consumers_met;
-  std::uint64_t kv_full[Traits::kNumSlots];
+  std::uint64_t kv_full[Traits::kNumSlots][Traits::kNumChunks];
   std::uint64_t kv_empty[Traits::kNumSlots];
 };
 
@@ -74,15 +75,10 @@ enum NamedBarrier : int {
   kWarpgroupReady = 1,  // + warpgroup: one consumer warpgroup
 };
 
-/// The ring of chunks. Blocks take nine slots in a row, RoPE first, then V.
+/// Where block number `block` of all that the CTA loads lies.
 template <class Traits>
-using ChunkRing = RingPosition<Traits::kNumSlots>;
-
-/// Where block number `block` of all that the CTA loads begins.
-template <class Traits>
-__device__ __forceinline__ ChunkRing<Traits> ring_position_of_block(unsigned block) {
-  const unsigned chunk = block * Traits::kNumChunks;
-  return {static_cast<int>(chunk % Traits::kNumSlots), chunk / Traits::kNumSlots & 1};
+__device__ __forceinline__ RingPosition<Traits::kNumSlots> ring_position_of_block(unsigned block) {
+  return {static_cast<int>(block % Traits::kNumSlots), block / Traits::kNumSlots & 1};
 }
 
 }  // namespace flash_mla::sm90
