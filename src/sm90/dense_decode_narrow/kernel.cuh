@@ -22,6 +22,7 @@ struct NarrowDecodeKernel {
   using Storage = NarrowStorage<Traits>;
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
+    static_assert(Traits::kNumSlots == 2);
     if (threadIdx.x == 32) init_kv_full(shared, 0);
     if (threadIdx.x == 64) init_kv_full(shared, 1);
     init_but_kv_full(params, shared);

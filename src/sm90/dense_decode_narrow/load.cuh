@@ -21,10 +21,10 @@ struct BlockPages {
   __device__ int of_box(int box) const { return __shfl_sync(~0U, box < 32 ? first : second, box % 32); }
 };
 
-/// Fills the ring with the part's KV blocks, in order and across pieces, each as soon as a slot is empty: all columns
-/// of a token are then asked for at about the same time, as memory has them in a row. Where pages have 64 tokens or
-/// more, a chunk is one box (kIsWhole), and one thread does it all. Else by one warp, a lane for each chunk: a block
-/// then comes as boxes of a few tokens.
+/// Fills the ring with the part's KV blocks, in order and across pieces, each as soon as a slot is empty. Where pages
+/// have 64 tokens or more, a chunk is one box (kIsWhole), and one thread does it all. Else by one warp, a lane for each
+/// chunk: a block then comes as boxes of a few tokens and the 64 columns of a chunk, all columns of a token at about
+/// the same time, as memory has them in a row.
 template <class Traits, bool kIsWhole>
 class NarrowProducer {
  public:
@@ -95,9 +95,8 @@ class NarrowProducer {
   /// Lets the barrier of the slot's chunk number `i` wait for it.
   __device__ __forceinline__ void arm(int i) const { ptx::mbarrier_arrive_expect(full(i), Traits::kChunkBytes); }
   __device__ __forceinline__ void load_box(int i, int row, int block, int page, int head_k) const {
-    const int chunk = i == 0 ? Traits::kRopeChunk : i - 1;
     const std::uint32_t to = kv_ + at_.slot * Traits::kBlockBytes + i * Traits::kChunkBytes + row * Traits::kRowBytes;
-    ptx::tma_load_4d(to, &params_.k_cache_map, full(i), chunk * Traits::kChunkColumns,
+    ptx::tma_load_4d(to, &params_.k_cache_map, full(i), Traits::chunk_in_slot(i) * Traits::kChunkColumns,
                      (block * Traits::kBlockN + row) & ((1 << params_.page_size_log2) - 1), head_k, page,
                      ptx::Keep::kNotForLong);
   }

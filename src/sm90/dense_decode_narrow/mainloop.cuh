@@ -114,7 +114,7 @@ class NarrowConsumer {
     const ptx::SwizzledOperand<16> q(q_);
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
-      const int chunk = i == 0 ? Traits::kRopeChunk : i - 1;
+      const int chunk = Traits::chunk_in_slot(i);
       ptx::mbarrier_wait(kv_full_ + (at_.slot * Traits::kNumChunks + i) * sizeof(std::uint64_t), at_.phase);
       const ptx::SwizzledOperand<16> k(chunk_address(i));
 #pragma unroll

@@ -23,6 +23,8 @@ struct NarrowTraits : TileTraits<Element> {
   /// phase of its barriers has seen the one before.
   static constexpr int kNumSlots = Base::kNumConsumers;
   static constexpr int kBlockBytes = Base::kNumChunks * Base::kChunkBytes;
+  /// The block's chunk that is number `i` of a slot: RoPE comes first.
+  __device__ static constexpr int chunk_in_slot(int i) { return i == 0 ? Base::kRopeChunk : i - 1; }
   /// Registers of an accumulator of 64 x kRows, and query rows that a thread holds values of.
   static constexpr int kAccumulators = kRows / 2;
   static constexpr int kRowsPerThread = kRows / 4;
@@ -56,7 +58,7 @@ struct alignas(1024) NarrowStorage {
 
   unsigned char q[Traits::kQBytes];  // at the end of a piece: O on its way between consumers
   unsigned char p[Traits::kNumConsumers][Traits::kPBytes];
-  unsigned char kv[Traits::kNumSlots][Traits::kNumChunks][Traits::kChunkBytes];  // RoPE first
+  unsigned char kv[Traits::kNumSlots][Traits::kNumChunks][Traits::kChunkBytes];  // chunk_in_slot
   float warp_max[Traits::kNumConsumers][Traits::kWarpgroupWarps][Traits::kRows];
   float4 warp_sums[Traits::kNumConsumers][Traits::kRows];  // of the consumer's four warps
   float row_max[Traits::kNumConsumers][Traits::kRows];
