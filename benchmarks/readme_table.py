@@ -7,6 +7,7 @@ python benchmarks/readme_table.py --check    fails where a table is not up to da
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ KERNELS = Path(__file__).parents[1] / "docs" / "kernels" / "dense_decode.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
+RUNS = 5  # that the page of the kernel compares
 
 
 def main() -> None:
@@ -36,7 +38,8 @@ def main() -> None:
     several = report.of_kind("context_parallel", options.results)
     update(options.readme, table(decode, report.newest("host_overhead", options.results)), options.check)
     update(options.context_parallel, context_parallel_tables(several), options.check)
-    update(options.kernels, kernel_tables(decode, report.newest("profile", options.results)), options.check)
+    runs = [run for run in report.of_kind("decode", options.results) if run.get("skeleton")][-RUNS:]
+    update(options.kernels, kernel_tables(decode, report.newest("profile", options.results), runs), options.check)
 
 
 def update(page: Path, text: str, check: bool) -> None:
@@ -88,27 +91,57 @@ def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def kernel_tables(decode: dict[str, Any], profile: dict[str, Any] | None) -> str:
-    """Ratios to FlashMLA held against the yardstick, and what a profile says of each case."""
+def kernel_tables(decode: dict[str, Any], profile: dict[str, Any] | None, runs: Sequence[dict[str, Any]] = ()) -> str:
+    """Ratios to FlashMLA held against the yardstick, the same of `runs`, and what a profile says of each case."""
     tables = []
     if decode.get("skeleton"):
         here, there = decode["skeleton"][0], REFERENCE_SKELETON
         lines = ["| case | to FlashMLA, hot (cold) | held against the skeleton |", "|---|---|---|"]
+        held = held_ratios(decode)
         for case in decode["cases"]:
-            if case["shape"]["unit"] == "TFLOP/s" and case["ratio_to_reference"]["cold"] is not None:
-                ratio = case["ratio_to_reference"]
-                held = {state: ratio[state] * there[state] / here[state] for state in ("hot", "cold")}
-                pair = (f"{r['hot']:.2f} ({r['cold']:.2f})" for r in (ratio, held))
-                lines.append(f"| {case['shape']['name']} | {' | '.join(pair)} |")
+            if (name := case["shape"]["name"]) in held:
+                lines.append(f"| {name} | {pair(case['ratio_to_reference'])} | {pair(held[name])} |")
         lines += [
             "",
             f"At {decode['commit']}; the skeleton gave {here['hot']:.0f} TFLOP/s ({here['cold']:.0f}) in this run, "
             f"{there['hot']} ({there['cold']}) beside FlashMLA.",
         ]
         tables.append("\n".join(lines))
+    if runs:
+        tables.append(runs_table(runs))
     if profile is not None:
         tables.append(profile_table(profile))
     return "\n\n".join(tables)
+
+
+def held_ratios(decode: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What each case limited by the tensor cores would be to FlashMLA, had the GPU given the skeleton what the
+    reference's gave it.
+    """
+    here, there = decode["skeleton"][0], REFERENCE_SKELETON
+    return {
+        case["shape"]["name"]: {
+            state: case["ratio_to_reference"][state] * there[state] / here[state] for state in ("hot", "cold")
+        }
+        for case in decode["cases"]
+        if case["shape"]["unit"] == "TFLOP/s" and case["ratio_to_reference"]["cold"] is not None
+    }
+
+
+def runs_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Held ratios of each run, the latest first, on GPUs that differ."""
+    held = [held_ratios(run) for run in reversed(runs)]
+    names = list(held[0])
+    lines = [f"| held, at commit | skeleton, TFLOP/s | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for run, ratios in zip(reversed(runs), held, strict=True):
+        skeleton = run["skeleton"][0]
+        cells = (pair(ratios[name]) if name in ratios else "-" for name in names)
+        lines.append(f"| {run['commit']} | {skeleton['hot']:.0f} ({skeleton['cold']:.0f}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pair(ratio: dict[str, float]) -> str:
+    return f"{ratio['hot']:.2f} ({ratio['cold']:.2f})"
 
 
 def profile_table(profile: dict[str, Any]) -> str:

@@ -313,9 +313,13 @@ def test_ratios_are_held_against_the_skeleton() -> None:
     }
     latency = {"shape": {"name": "short", "unit": "us"}, "ratio_to_reference": {"hot": 1.5, "cold": None}}
     here = {"hot": 1.1 * 531, "cold": 1.1 * 655}
-    text = readme_table().kernel_tables({"commit": "abc1234", "cases": [case, latency], "skeleton": [here]}, None)
+    run = {"commit": "abc1234", "cases": [case, latency], "skeleton": [here]}
+    text = readme_table().kernel_tables(run, None)
     assert "| compute | 1.10 (1.21) | 1.00 (1.10) |" in text
     assert "short" not in text
+    before = {"commit": "before", "cases": [], "skeleton": [{"hot": 531, "cold": 655}]}
+    lines = readme_table().kernel_tables(run, None, [before, run]).splitlines()
+    assert lines[-2:] == ["| abc1234 | 584 (721) | 1.00 (1.10) |", "| before | 531 (655) | - |"]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
