@@ -187,8 +187,8 @@ class Combine {
     const int row_of_tile = unit / Traits::kNumConsumers * Slot::kRowsOfUnit + row % Slot::kRowsOfUnit;
     const RowCoordinate at(params_, tile_, head_k_, row_of_tile);
     const FinalOutput<Element> output{params_, request};
-    results_[row].out = at.is_valid ? output.row(at) + consumer * Traits::kColumnsPerConsumer : nullptr;
-    results_[row].lse = at.is_valid && consumer == 0 ? output.lse(at) : nullptr;
+    results_[row].out = at.is_valid() ? output.row(at) + consumer * Traits::kColumnsPerConsumer : nullptr;
+    results_[row].lse = at.is_valid() && consumer == 0 ? output.lse(at) : nullptr;
   }
 
   /// Waits for some of the pieces, a lane for each, and brings their share of the slice. A warp's pieces follow one

@@ -22,7 +22,7 @@ namespace flash_mla::sm90 {
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
 /// init_query and load_known_query, by a thread of the query warp, and drop_known_query; consume, by the consumer
 /// warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; and, with
-/// Traits::kNumScorers, score. The first warp behind the consumers plans while these initialise.
+/// Traits::kNumScorers, init_scorer and score. The first warp behind the consumers plans while these initialise.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -48,7 +48,10 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   if (issues_query && has_known_query(params) && CtaRole(params).computes) {
     Kernel::load_known_query(params, shared, tile, head_k, 0);
   }
-  if (threadIdx.x / 32 == Traits::kTablesWarp) prefetch_tables(params);
+  if constexpr (Traits::kNumScorers > 0) {
+    if (warpgroup > Traits::kNumConsumers) Kernel::init_scorer(params, shared, tile, head_k);
+  }
+  if (threadIdx.x / 32 == Traits::kTablesWarp) prefetch_tables(params, CtaRole(params).part_idx);
   if (threadIdx.x / 32 == Traits::kConsumerWarps) plan_part(params, CtaRole(params).part_idx, shared.plan);
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
   } else if constexpr (Traits::kNumScorers > 0) {
     ptx::increase_registers<Traits::kScorerRegisters>();
-    if (const CtaRole role(params); role.computes) Kernel::score(params, shared, tile, head_k, role.part_idx);
+    if (const CtaRole role(params); role.computes) Kernel::score(params, shared, role.part_idx);
   }
 }
 

@@ -5,31 +5,13 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
+#include "sm90/ptx/shared.cuh"
 
 namespace flash_mla::sm90 {
-
-/// Which query and head a row of a tile is, and whether it is one.
-struct RowCoordinate {
-  int query;
-  int head;  // of num_heads_q
-  bool is_valid;
-
-  __device__ RowCoordinate(const DenseDecodeParams& params, const QueryTile& tile, int head_k, int row) {
-    const QueryTiling& tiling = params.tiling;
-    const int query_in_tile = row / tiling.heads_per_tile;
-    const int head_in_group = tile.head + row % tiling.heads_per_tile;
-    query = tile.query + query_in_tile;
-    head = head_k * tiling.group_size + head_in_group;
-    is_valid = query_in_tile < tiling.queries_per_tile && query < params.seqlen_q && head_in_group < tiling.group_size;
-  }
-  /// Tokens of the request that the row sees.
-  __device__ int limit(const DenseDecodeParams& params, int seqlen_k) const {
-    return params.causal ? min(seqlen_k - params.seqlen_q + query + 1, seqlen_k) : seqlen_k;
-  }
-};
 
 /// What the sums of P are divided out with. No key: 0; NaN stays.
 __device__ __forceinline__ float inverse_sum(float row_sum) {
@@ -69,6 +51,13 @@ class Epilogue {
   __device__ Epilogue(const DenseDecodeParams& params, const Piece& piece, int warpgroup)
       : params_(params), piece_(piece), first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
 
+  /// The thread's first row. Made anew where it is used: registers are too few to keep what follows from it.
+  __device__ __forceinline__ static int first_row() {
+    std::uint32_t thread = threadIdx.x;
+    ptx::launder(thread);
+    return fragment_row(thread);
+  }
+
   /// One of the thread's rows of a whole piece: its values of O, its maximum, and the sum over all columns of both
   /// warpgroups.
   template <int kRow>
@@ -78,8 +67,8 @@ class Epilogue {
     const float inverse = inverse_sum(row_sum);
     Element* const row = output.row(at) + first_column_;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) write_half<kRow>(row + half * 128, at.is_valid, o[half], inverse);
-    if (first_column_ == 0 && at.is_valid && threadIdx.x % 4 == 0) {
+    for (int half = 0; half < 2; ++half) write_half<kRow>(row + half * 128, at.is_valid(), o[half], inverse);
+    if (first_column_ == 0 && at.is_valid() && threadIdx.x % 4 == 0) {
       output.write_lse(at, row_max, row_sum);
     }
   }
@@ -95,18 +84,20 @@ class Epilogue {
     }
     const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
     const int consumer = first_column_ / Traits::kColumnsPerConsumer;
-    const int row[2] = {fragment_row(), fragment_row() + 8};
+    const int row = first_row();
+    const int unit = slot.unit(row, consumer);
+    constexpr int kUnitsBetween = 8 / Traits::kRowsOfUnit * Traits::kNumConsumers;  // the thread's rows
     if (threadIdx.x % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < kRowsPerThread; ++r) {
         const Total total{row_max[r], row_sum[r], scale[r].scale};
-        total.announce(slot.totals(slot.unit(row[r], consumer)) + row[r] % Traits::kRowsOfUnit, params_.token);
+        total.announce(slot.totals(unit + r * kUnitsBetween) + row % Traits::kRowsOfUnit, params_.token);
       }
     }
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       // The threads of two rows in turn.
-      auto* const to = reinterpret_cast<uint4*>(slot.values(slot.unit(row[r], consumer))) + threadIdx.x % 8;
+      auto* const to = reinterpret_cast<uint4*>(slot.values(unit + r * kUnitsBetween)) + threadIdx.x % 8;
 #pragma unroll
       for (int i = 0; i < 128; i += 16) {
         std::uint32_t packed[4];

@@ -61,18 +61,20 @@ struct DenseDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
+  /// By the scorer, while the plan is made.
+  __device__ static void init_scorer(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+                                     int head_k) {
+    const int row = threadIdx.x % Traits::kWarpgroupThreads;
+    if (row < Traits::kRows) shared.rows[row] = RowCoordinate(params, tile, head_k, row);
+  }
+
   /// The scorer's walk over the part's pieces.
-  __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
-                                               int head_k, int part_idx) {
+  __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared, int part_idx) {
     Scorer<Traits> scorer(params, shared);
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
     while (walk.next(piece)) {
-      if (piece.begin_block == piece.end_block) continue;
-      const auto limit = [&](int row) {
-        return RowCoordinate(params, tile, head_k, row).limit(params, piece.seqlen_k);
-      };
-      scorer.run(piece, {limit(scorer.row()), limit(scorer.row() + 8)}, limit(0));
+      if (piece.begin_block < piece.end_block) scorer.run(piece);
     }
   }
 
@@ -87,10 +89,9 @@ struct DenseDecodeKernel {
       if (piece.begin_block < piece.end_block) consumer.run(piece);
       const Epilogue<Traits> epilogue(params, piece, warpgroup);
       if (piece.is_whole) {
-        epilogue.template write_final<0>({params, tile, head_k, fragment_row()}, consumer.o, consumer.row_max[0],
-                                         consumer.row_sum[0]);
-        epilogue.template write_final<1>({params, tile, head_k, fragment_row() + 8}, consumer.o, consumer.row_max[1],
-                                         consumer.row_sum[1]);
+        const RowCoordinate* const rows = &shared.rows[Epilogue<Traits>::first_row()];
+        epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
+        epilogue.template write_final<1>(rows[8], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
       } else {
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         if (shared.plan.is_read(piece.slot)) {

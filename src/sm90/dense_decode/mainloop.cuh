@@ -20,7 +20,10 @@ class Consumer {
 
  public:
   __device__ __forceinline__ Consumer(SharedStorage<Traits>& shared, int warpgroup)
-      : shared_(shared), warpgroup_(warpgroup) {}
+      : shared_(shared), warpgroup_(warpgroup), row_(threadIdx.x) {
+    ptx::launder(row_);  // so that it is kept, and threadIdx.x not read anew for each block
+    row_ = fragment_row(row_);
+  }
 
   /// Before each piece.
   __device__ __forceinline__ void reset() {
@@ -77,8 +80,8 @@ class Consumer {
   /// Brings O to the maximum of the block, which is known some time before its P is handed over.
   __device__ __forceinline__ void rescale_o() {
     ptx::mbarrier_wait(ptx::shared_address(&shared_.rescale_full[p_.slot]), p_.phase);
-    const float scale0 = shared_.rescale[p_.slot][fragment_row()];
-    const float scale1 = shared_.rescale[p_.slot][fragment_row() + 8];
+    const float scale0 = shared_.rescale[p_.slot][row_];
+    const float scale1 = shared_.rescale[p_.slot][row_ + 8];
     if (!__any_sync(~0U, scale0 != 1.0F || scale1 != 1.0F)) return;
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
@@ -90,8 +93,8 @@ class Consumer {
   __device__ __forceinline__ void take_rows() {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      row_max[r] = shared_.row_max[fragment_row() + 8 * r];
-      row_sum[r] = shared_.row_sum[fragment_row() + 8 * r];
+      row_max[r] = shared_.row_max[row_ + 8 * r];
+      row_sum[r] = shared_.row_sum[row_ + 8 * r];
     }
   }
 
@@ -102,6 +105,7 @@ class Consumer {
 
   SharedStorage<Traits>& shared_;
   const int warpgroup_;
+  std::uint32_t row_;                      // the thread's first
   RingPosition<Traits::kPairSlots> pair_;  // of the block
   RingPosition<Traits::kRopeSlots> p_;
 };

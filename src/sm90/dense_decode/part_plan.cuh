@@ -74,16 +74,29 @@ __device__ __forceinline__ int num_slices_of_lone(const DenseDecodeParams& param
   return max(num_pieces, min(params.num_parts, params.tiling.rows));
 }
 
-/// Asks for lengths and pages, as far as a lane for each 128 bytes can, while the plan is on its way: a small batch
-/// waits once for memory, and not three times in turn. By a warp that has nothing else to do.
-__device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params) {
+/// Asks for lengths and pages, as far as a lane for each 128 bytes can, while the plan is on its way: whoever needs
+/// them waits once for memory, and not three times in turn. Of a large batch, for the pages of the requests about where
+/// the part's would be if all were equal. By a warp that has nothing else to do.
+__device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params, int part_idx) {
   constexpr int kIntsPerLine = 128 / sizeof(int);
-  const int lane = threadIdx.x % 32;
-  const int line_of_request = lane / params.batch_size;
-  const int request = lane % params.batch_size;
+  constexpr int kLanes = 32;
+  constexpr int kRequestsBefore = 2;
+  const int lane = threadIdx.x % kLanes;
   if (lane * kIntsPerLine < params.batch_size) ptx::prefetch_l1(params.cache_seqlens + lane * kIntsPerLine);
-  if (line_of_request * kIntsPerLine < params.max_seqlen_k >> params.page_size_log2) {
-    ptx::prefetch_l1(params.block_table + request * params.stride_block_table + line_of_request * kIntsPerLine);
+  int request = lane;
+  int line = 0;
+  if (params.batch_size <= kLanes) {
+    request = lane % params.batch_size;
+    line = lane / params.batch_size;
+  } else {
+    const auto num_parts = static_cast<std::uint32_t>(params.num_parts);
+    const std::uint32_t share = params.batch_size / num_parts;
+    const std::uint32_t rest = params.batch_size % num_parts;
+    request += static_cast<int>(share * part_idx + rest * part_idx / num_parts) - kRequestsBefore;
+  }
+  if (0 <= request && request < params.batch_size &&
+      line * kIntsPerLine < params.max_seqlen_k >> params.page_size_log2) {
+    ptx::prefetch_l1(params.block_table + request * params.stride_block_table + line * kIntsPerLine);
   }
 }
 

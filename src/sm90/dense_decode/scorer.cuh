@@ -25,7 +25,10 @@ class Scorer {
 
  public:
   __device__ __forceinline__ Scorer(const DenseDecodeParams& params, SharedStorage<Traits>& shared)
-      : softmax_scale_log2_(params.softmax_scale_log2), num_rows_(params.tiling.rows_per_tile()), shared_(shared) {}
+      : params_(params),
+        softmax_scale_log2_(params.softmax_scale_log2),
+        num_rows_(params.tiling.rows_per_tile()),
+        shared_(shared) {}
 
   /// The thread's first row. Made anew where it is used: registers are too few to keep it.
   __device__ __forceinline__ static int row() {
@@ -34,11 +37,9 @@ class Scorer {
     return fragment_row(thread);
   }
 
-  /// P of a piece's blocks, of which there is at least one, then its rows' maxima and sums. `limits`: for each of the
-  /// thread's rows, the number of the request's tokens that it sees; `min_limit`: the least of the tile.
-  __device__ __forceinline__ void run(const Piece& piece, const int (&limits)[kRowsPerThread], int min_limit) {
-    keep_limits(limits);
-    const int first_masked_block = max(min_limit, 0) / Traits::kBlockN;
+  /// P of a piece's blocks, of which there is at least one, then its rows' maxima and sums.
+  __device__ __forceinline__ void run(const Piece& piece) {
+    const int first_masked_block = max(shared_.rows[0].limit(params_, piece.seqlen_k), 0) / Traits::kBlockN;
     take_query();
     row_max_[0] = row_max_[1] = kNoScaledMax;
     row_sum_[0] = row_sum_[1] = 0.0F;
@@ -55,18 +56,23 @@ class Scorer {
         rescale[0] = rescale[8] = 1.0F;
       }
       __syncwarp();
-      ptx::wgmma_wait<0>();
-      arrive(shared_.qk_done);
-      if (is_first) give_back_query();
-      if (is_last) arrive(shared_.q_empty);
-      if (block >= first_masked_block) mask(block * Traits::kBlockN, piece.seqlen_k);
-      soften(is_first);
-      if (is_last) {
-        give_rows();
-        hand_over(rope_);
-      }
+      // The rings go on while QK runs: what comes between it and the next one is the scorer's time, and none else's.
+      const int slot = rope_.slot;  // of P
       pair_ = pair_ + Traits::kPairsPerBlock;
       rope_ = rope_ + 1;
+      ptx::wgmma_wait<0>();
+      arrive(shared_.qk_done);
+      if (is_first || is_last || block >= first_masked_block) {  // one branch for the usual block
+        if (is_first) give_back_query();
+        if (is_last) arrive(shared_.q_empty);
+        if (block >= first_masked_block) mask(block * Traits::kBlockN, piece.seqlen_k);
+        __syncwarp();
+      }
+      soften(is_first, slot);
+      if (is_last) {
+        give_rows();
+        hand_over(slot);
+      }
     }
   }
 
@@ -112,7 +118,7 @@ class Scorer {
     __syncwarp();
 #pragma unroll
     for (int i = 1; i <= Traits::kNumRegisterPairs; ++i) {
-      arrive(shared_.pair_empty[(pair_ + (Traits::kPairSlots - i)).slot]);
+      arrive(shared_.pair_empty[pair_.slot_before(Traits::kPairsPerBlock + i)]);
     }
   }
 
@@ -130,7 +136,7 @@ class Scorer {
       const std::uint32_t full = ptx::shared_address(&shared_.pair_full[at.slot]);
       const bool is_last_pair = i == Traits::kPairsPerBlock - 1;
       if (is_last_pair && owes_p && gridDim.x == 1 && !__shfl_sync(~0U, ptx::mbarrier_test(full, at.phase), 0)) {
-        hand_over(rope_ + (Traits::kRopeSlots - 1));
+        hand_over(rope_.slot_before(1));
         owes_p = false;
       }
       ptx::mbarrier_wait(full, at.phase);
@@ -147,7 +153,7 @@ class Scorer {
                                           k.at(step * Traits::kStepBytes));
           }
         }
-        if (is_last_pair && c == 0 && owes_p) hand_over(rope_ + (Traits::kRopeSlots - 1));
+        if (is_last_pair && c == 0 && owes_p) hand_over(rope_.slot_before(1));
       }
     }
     ptx::wgmma_commit();
@@ -165,41 +171,42 @@ class Scorer {
   /// Hides what rows must not see of a block that begins at `begin_token`. Zeroes its V of tokens past the request's
   /// length: 0 * NaN must not reach O. (Some warp may still be at QK, but the scores of such tokens do not count.)
   __device__ __forceinline__ void mask(int begin_token, int seqlen_k) {
-    const int* const limits = &shared_.row_limit[row()];
+    const RowCoordinate* const rows = &shared_.rows[row()];
     std::uint32_t thread = threadIdx.x % Traits::kWarpgroupThreads;
     ptx::launder(thread);  // registers are too few to keep what follows from it
     const int first = begin_token + first_column(thread);
-    apply_mask(s_, {limits[0] - first, limits[8] - first});
+    apply_mask(s_, {rows[0].limit(params_, seqlen_k) - first, rows[8].limit(params_, seqlen_k) - first});
     const int live = seqlen_k - begin_token;
     constexpr int kVectorsPerRow = Traits::kRowBytes / 16;
     constexpr int kThreadsPerRow = kVectorsPerRow * Traits::kNumVChunks;
     const int chunk = static_cast<int>(thread) % kThreadsPerRow / kVectorsPerRow;
-    const std::uint32_t column = ptx::shared_address(shared_.pairs[(pair_ + chunk / 2).slot]) +
-                                 chunk % 2 * Traits::kTileBytes + thread % kVectorsPerRow * 16;
+    const std::uint32_t column =
+        ptx::shared_address(shared_.pairs[pair_.slot_before(Traits::kPairsPerBlock - chunk / 2)]) +
+        chunk % 2 * Traits::kTileBytes + thread % kVectorsPerRow * 16;
     for (int row = live + static_cast<int>(thread) / kThreadsPerRow; row < Traits::kBlockN;
          row += Traits::kWarpgroupThreads / kThreadsPerRow) {
       ptx::store_shared_v4(column + row * Traits::kRowBytes, 0, 0, 0, 0);
     }
   }
 
-  /// One step of the online softmax: P of the scores, where the block's RoPE was, and what it rescales. The maximum is
-  /// kept from the blocks before, and looked for only where that makes P large.
-  __device__ __forceinline__ void soften(bool is_first) {
+  /// One step of the online softmax: P of the scores, where the block's RoPE was, in `slot`, and what it rescales. The
+  /// maximum is kept from the blocks before, and looked for only where that makes P large.
+  __device__ __forceinline__ void soften(bool is_first, int slot) {
     float sum[kRowsPerThread];
 #pragma unroll 1
     for (bool looks = is_first;; looks = true) {
-      if (looks) raise_max();
-      store_p(sum);
+      if (looks) raise_max(slot);
+      store_p(slot, sum);
       if (looks || !__any_sync(~0U, sum[0] > kMaxLazySum || sum[1] > kMaxLazySum)) break;
     }
     qk_phase_ ^= 1;
     row_sum_[0] += sum[0];
     row_sum_[1] += sum[1];
-    if (threadIdx.x % 4 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.rescale_full[rope_.slot]));
+    if (threadIdx.x % 4 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.rescale_full[slot]));
     __syncwarp();
   }
   /// Raises the maxima to those of the block, brings the sums to them, and writes what O must be multiplied with.
-  __device__ __forceinline__ void raise_max() {
+  __device__ __forceinline__ void raise_max(int slot) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       float max = s_[2 * r];
@@ -209,13 +216,13 @@ class Scorer {
       const float factor = ptx::exp2_approx(row_max_[r] - max);
       row_max_[r] = max;
       row_sum_[r] *= factor;
-      if (threadIdx.x % 4 == 0) shared_.rescale[rope_.slot][row() + 8 * r] = factor;
+      if (threadIdx.x % 4 == 0) shared_.rescale[slot][row() + 8 * r] = factor;
     }
   }
 
   /// P, and the thread's sums of it.
-  __device__ __forceinline__ void store_p(float (&sum)[kRowsPerThread]) {
-    const std::uint32_t first = first_matrix(shared_.ropes[rope_.slot]);
+  __device__ __forceinline__ void store_p(int slot, float (&sum)[kRowsPerThread]) {
+    const std::uint32_t first = first_matrix(shared_.ropes[slot]);
     sum[0] = sum[1] = 0.0F;
 #pragma unroll
     for (int group = 0; group < kSteps / 2; ++group) {
@@ -240,19 +247,9 @@ class Scorer {
   }
 
   /// Tells the consumers of a block's P, and of what `mask` has zeroed.
-  __device__ __forceinline__ void hand_over(const RingPosition<Traits::kRopeSlots>& rope) {
+  __device__ __forceinline__ void hand_over(int slot) {
     ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[rope.slot]));
-  }
-
-  /// Keeps how many tokens rows see: there are no registers for it.
-  __device__ __forceinline__ void keep_limits(const int (&limits)[kRowsPerThread]) {
-    __syncwarp();
-    if (threadIdx.x % 4 == 0) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) shared_.row_limit[row() + 8 * r] = limits[r];
-    }
-    __syncwarp();
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[slot]));
   }
 
   /// Maxima and sums of the piece, which the consumers find when they have its last P.
@@ -271,6 +268,7 @@ class Scorer {
 
   static constexpr int kSteps = Traits::kRowBytes / Traits::kStepBytes;  // of a chunk
 
+  const DenseDecodeParams& params_;
   const float softmax_scale_log2_;
   const int num_rows_;
   SharedStorage<Traits>& shared_;

@@ -9,6 +9,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/query_tiling.h"
+#include "sm90/dense_decode/row_coordinate.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -95,7 +96,7 @@ struct alignas(1024) SharedStorage {
   float rescale[Traits::kRopeSlots][Traits::kRows];
   float row_max[Traits::kRows];
   float row_sum[Traits::kRows];
-  int row_limit[Traits::kRows];  // tokens of the request that a row sees
+  RowCoordinate rows[Traits::kRows];
   PartPlan plan;
   MergeBarriers merge_barriers;
   std::uint64_t q_full;

@@ -105,7 +105,7 @@ class ClusterCombine {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const std::uint32_t two = ptx::transpose_matrix(pack<Element>(value[2 * j], value[2 * j + 1]));
-        if (at.is_valid) *reinterpret_cast<std::uint32_t*>(to + 8 * j) = two;
+        if (at.is_valid()) *reinterpret_cast<std::uint32_t*>(to + 8 * j) = two;
       }
     }
     ptx::cluster_arrive();
@@ -165,7 +165,7 @@ class ClusterCombine {
     for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
     if (threadIdx.x % 32 / kMaxClusterSize >= 2) return;  // others have the row
     shared_.weights[piece][row] = factor * inverse_sum(total);
-    if (ptx::cta_rank_in_cluster() == 0 && piece == 0 && at.is_valid) output.write_lse(at, max, total);
+    if (ptx::cta_rank_in_cluster() == 0 && piece == 0 && at.is_valid()) output.write_lse(at, max, total);
   }
 
   const DenseDecodeParams& params_;

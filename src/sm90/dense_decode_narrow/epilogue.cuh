@@ -107,7 +107,7 @@ class NarrowEpilogue {
     if (const int row = static_cast<int>(threadIdx.x); row < Traits::kRows) {
       const float2 its = total(row);
       const RowCoordinate at = coordinate(row);
-      if (at.is_valid) output.write_lse(at, its.x, its.y);
+      if (at.is_valid()) output.write_lse(at, its.x, its.y);
     }
     __syncwarp();
     float inverse[Traits::kRowsPerThread];
@@ -127,7 +127,7 @@ class NarrowEpilogue {
           const std::uint32_t values =
               ptx::transpose_matrix(pack<Element>(o[i] * inverse[2 * group], o[i + 1] * inverse[2 * group + 1]));
           Element* const to = row + chunk * Traits::kChunkColumns + i / 2 % 2 * 8;
-          if (at.is_valid) *reinterpret_cast<std::uint32_t*>(to) = values;
+          if (at.is_valid()) *reinterpret_cast<std::uint32_t*>(to) = values;
         }
       }
     }

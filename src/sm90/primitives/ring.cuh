@@ -15,6 +15,8 @@ struct RingPosition {
     const bool wraps = slot + count >= kSlots;
     return {slot + count - (wraps ? kSlots : 0), phase ^ (wraps ? 1U : 0U)};
   }
+  /// The slot `count` back, no more than the ring has.
+  __device__ __forceinline__ int slot_before(int count) const { return slot - count + (slot < count ? kSlots : 0); }
   /// Any number of slots on.
   __device__ __forceinline__ RingPosition far_on(int count) const {
     const std::uint32_t sum = static_cast<std::uint32_t>(slot) + static_cast<std::uint32_t>(count);
