@@ -45,12 +45,13 @@ class Scorer {
     row_sum_[0] = row_sum_[1] = 0.0F;
     ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
     q_phase_ ^= 1;
+    bool has_rope = false;  // of the block, seen while the one before was scored
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       const bool is_first = block == piece.begin_block;
       const bool is_last = block == piece.end_block - 1;
       ptx::wgmma_fence();
-      issue_qk(is_first);
+      issue_qk(is_first, has_rope);
       if (threadIdx.x % 4 == 0) {
         float* const rescale = &shared_.rescale[rope_.slot][row()];
         rescale[0] = rescale[8] = 1.0F;
@@ -60,6 +61,7 @@ class Scorer {
       const int slot = rope_.slot;  // of P
       pair_ = pair_ + Traits::kPairsPerBlock;
       rope_ = rope_ + 1;
+      has_rope = ptx::mbarrier_test(ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
       ptx::wgmma_wait<0>();
       arrive(shared_.qk_done);
       if (is_first || is_last || block >= first_masked_block) {  // one branch for the usual block
@@ -125,10 +127,12 @@ class Scorer {
   /// S = Q K^T, in the order in which the chunks come. Those that meet Q in shared memory come first: the last ones
   /// then leave shared memory to PV. P of the block before, if there is one, is handed over when almost all is issued,
   /// so that PV runs during this block's softmax, and not beside QK; and earlier where the last pair is late and KV is
-  /// this tile's alone, as memory is the limit then, and PV gives some back.
-  __device__ __forceinline__ void issue_qk(bool is_first) {
+  /// this tile's alone, as memory is the limit then, and PV gives some back. Whether a pair is there is looked up
+  /// before the chunk ahead of it is issued: between two wgmmas the answer would take longer than the first one does.
+  __device__ __forceinline__ void issue_qk(bool is_first, bool has_rope) {
     bool owes_p = !is_first;
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
+    ptx::mbarrier_wait_unless(has_rope, ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
+    bool has_pair = ptx::mbarrier_test(ptx::shared_address(&shared_.pair_full[pair_.slot]), pair_.phase);
     issue_shared_chunk(0, ptx::shared_address(shared_.ropes[rope_.slot]), false);
 #pragma unroll
     for (int i = 0; i < Traits::kPairsPerBlock; ++i) {
@@ -139,7 +143,7 @@ class Scorer {
         hand_over(rope_.slot_before(1));
         owes_p = false;
       }
-      ptx::mbarrier_wait(full, at.phase);
+      ptx::mbarrier_wait_unless(has_pair, full, at.phase);
       const std::uint32_t pair = ptx::shared_address(shared_.pairs[at.slot]);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -152,6 +156,10 @@ class Scorer {
             ptx::wgmma_m64n64k16<Element>(s_, q_[(2 * (i - Traits::kFirstRegisterPair) + c) * kSteps + step],
                                           k.at(step * Traits::kStepBytes));
           }
+        }
+        if (!is_last_pair && c == 0) {
+          const RingPosition<Traits::kPairSlots> next = pair_ + (i + 1);
+          has_pair = ptx::mbarrier_test(ptx::shared_address(&shared_.pair_full[next.slot]), next.phase);
         }
         if (is_last_pair && c == 0 && owes_p) hand_over(rope_.slot_before(1));
       }

@@ -52,6 +52,22 @@ __device__ __forceinline__ bool mbarrier_test(std::uint32_t barrier, std::uint32
   return has_ended != 0;
 }
 
+/// Waits as mbarrier_wait does, unless mbarrier_test has told of the phase's end.
+__device__ __forceinline__ void mbarrier_wait_unless(bool has_ended, std::uint32_t barrier, std::uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "setp.ne.u32 done, %2, 0;\n"
+      "@done bra over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "over:\n"
+      "}" ::"r"(barrier),
+      "r"(parity), "r"(static_cast<std::uint32_t>(has_ended))
+      : "memory");
+}
+
 /// Arrives at named barrier `id` and waits until `threads` have arrived.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
