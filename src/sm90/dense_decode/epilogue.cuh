@@ -9,7 +9,6 @@
 #include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
-#include "sm90/ptx/shared.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -51,13 +50,6 @@ class Epilogue {
   __device__ Epilogue(const DenseDecodeParams& params, const Piece& piece, int warpgroup)
       : params_(params), piece_(piece), first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
 
-  /// The thread's first row. Made anew where it is used: registers are too few to keep what follows from it.
-  __device__ __forceinline__ static int first_row() {
-    std::uint32_t thread = threadIdx.x;
-    ptx::launder(thread);
-    return fragment_row(thread);
-  }
-
   /// One of the thread's rows of a whole piece: its values of O, its maximum, and the sum over all columns of both
   /// warpgroups.
   template <int kRow>
@@ -84,7 +76,7 @@ class Epilogue {
     }
     const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
     const int consumer = first_column_ / Traits::kColumnsPerConsumer;
-    const int row = first_row();
+    const int row = fresh_fragment_row();
     const int unit = slot.unit(row, consumer);
     constexpr int kUnitsBetween = 8 / Traits::kRowsOfUnit * Traits::kNumConsumers;  // the thread's rows
     if (threadIdx.x % 4 == 0) {

@@ -7,6 +7,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_load.cuh"
+#include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/scorer.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -89,7 +90,7 @@ struct DenseDecodeKernel {
       if (piece.begin_block < piece.end_block) consumer.run(piece);
       const Epilogue<Traits> epilogue(params, piece, warpgroup);
       if (piece.is_whole) {
-        const RowCoordinate* const rows = &shared.rows[Epilogue<Traits>::first_row()];
+        const RowCoordinate* const rows = &shared.rows[fresh_fragment_row()];
         epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
         epilogue.template write_final<1>(rows[8], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
       } else {

@@ -10,7 +10,6 @@ struct RowCoordinate {
   int query;
   int head;  // of num_heads_q, or -1 for padding
 
-  RowCoordinate() = default;
   __device__ RowCoordinate(const DenseDecodeParams& params, const QueryTile& tile, int head_k, int row) {
     const QueryTiling& tiling = params.tiling;
     const int query_in_tile = row / tiling.heads_per_tile;

@@ -4,6 +4,7 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/ring.cuh"
@@ -25,17 +26,7 @@ class Scorer {
 
  public:
   __device__ __forceinline__ Scorer(const DenseDecodeParams& params, SharedStorage<Traits>& shared)
-      : params_(params),
-        softmax_scale_log2_(params.softmax_scale_log2),
-        num_rows_(params.tiling.rows_per_tile()),
-        shared_(shared) {}
-
-  /// The thread's first row. Made anew where it is used: registers are too few to keep it.
-  __device__ __forceinline__ static int row() {
-    std::uint32_t thread = threadIdx.x;
-    ptx::launder(thread);
-    return fragment_row(thread);
-  }
+      : params_(params), num_rows_(params.tiling.rows_per_tile()), shared_(shared) {}
 
   /// P of a piece's blocks, of which there is at least one, then its rows' maxima and sums.
   __device__ __forceinline__ void run(const Piece& piece) {
@@ -53,11 +44,11 @@ class Scorer {
       ptx::wgmma_fence();
       issue_qk(is_first, has_rope);
       if (threadIdx.x % 4 == 0) {
-        float* const rescale = &shared_.rescale[rope_.slot][row()];
+        float* const rescale = &shared_.rescale[rope_.slot][fresh_fragment_row()];
         rescale[0] = rescale[8] = 1.0F;
       }
       __syncwarp();
-      // The rings go on while QK runs: what comes between it and the next one is the scorer's time, and none else's.
+      // The rings go on while QK runs, and not between it and the next one, where each instruction takes time.
       const int slot = rope_.slot;  // of P
       pair_ = pair_ + Traits::kPairsPerBlock;
       rope_ = rope_ + 1;
@@ -98,7 +89,7 @@ class Scorer {
 
   /// Q's pairs that go to registers, from the ring.
   __device__ __forceinline__ void take_query() {
-    const int first_row = row();
+    const int first_row = fresh_fragment_row();
 #pragma unroll
     for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
       ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_full[pair_.slot]), pair_.phase);
@@ -128,7 +119,7 @@ class Scorer {
   /// then leave shared memory to PV. P of the block before, if there is one, is handed over when almost all is issued,
   /// so that PV runs during this block's softmax, and not beside QK; and earlier where the last pair is late and KV is
   /// this tile's alone, as memory is the limit then, and PV gives some back. Whether a pair is there is looked up
-  /// before the chunk ahead of it is issued: between two wgmmas the answer would take longer than the first one does.
+  /// before the chunk ahead of it is issued: the answer takes as long as a wgmma does.
   __device__ __forceinline__ void issue_qk(bool is_first, bool has_rope) {
     bool owes_p = !is_first;
     ptx::mbarrier_wait_unless(has_rope, ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
@@ -179,7 +170,7 @@ class Scorer {
   /// Hides what rows must not see of a block that begins at `begin_token`. Zeroes its V of tokens past the request's
   /// length: 0 * NaN must not reach O. (Some warp may still be at QK, but the scores of such tokens do not count.)
   __device__ __forceinline__ void mask(int begin_token, int seqlen_k) {
-    const RowCoordinate* const rows = &shared_.rows[row()];
+    const RowCoordinate* const rows = &shared_.rows[fresh_fragment_row()];
     std::uint32_t thread = threadIdx.x % Traits::kWarpgroupThreads;
     ptx::launder(thread);  // registers are too few to keep what follows from it
     const int first = begin_token + first_column(thread);
@@ -220,11 +211,11 @@ class Scorer {
       float max = s_[2 * r];
 #pragma unroll
       for (int i = 2 * r; i < 32; i += 4) max = fmaxf(max, fmaxf(s_[i], s_[i + 1]));
-      max = fmaxf(row_max_[r], row_reduce_max(max) * softmax_scale_log2_);
+      max = fmaxf(row_max_[r], row_reduce_max(max) * params_.softmax_scale_log2);
       const float factor = ptx::exp2_approx(row_max_[r] - max);
       row_max_[r] = max;
       row_sum_[r] *= factor;
-      if (threadIdx.x % 4 == 0) shared_.rescale[slot][row() + 8 * r] = factor;
+      if (threadIdx.x % 4 == 0) shared_.rescale[slot][fresh_fragment_row() + 8 * r] = factor;
     }
   }
 
@@ -237,7 +228,7 @@ class Scorer {
       float p[16];
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        p[i] = ptx::exp2_approx(fmaf(s_[16 * group + i], softmax_scale_log2_, -row_max_[row_of(i)]));
+        p[i] = ptx::exp2_approx(fmaf(s_[16 * group + i], params_.softmax_scale_log2, -row_max_[row_of(i)]));
       }
       if (group == 0) {
         ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_done), qk_phase_);  // all have read RoPE
@@ -268,8 +259,8 @@ class Scorer {
     for (int r = 0; r < kRowsPerThread; ++r) {
       const float sum = row_reduce_sum(row_sum_[r]);
       if (threadIdx.x % 4 == 0) {
-        shared_.row_max[row() + 8 * r] = row_max_[r];
-        shared_.row_sum[row() + 8 * r] = sum;
+        shared_.row_max[fresh_fragment_row() + 8 * r] = row_max_[r];
+        shared_.row_sum[fresh_fragment_row() + 8 * r] = sum;
       }
     }
   }
@@ -277,14 +268,13 @@ class Scorer {
   static constexpr int kSteps = Traits::kRowBytes / Traits::kStepBytes;  // of a chunk
 
   const DenseDecodeParams& params_;
-  const float softmax_scale_log2_;
   const int num_rows_;
   SharedStorage<Traits>& shared_;
   std::uint32_t q_phase_ = 0;
   std::uint32_t qk_phase_ = 0;
   std::uint32_t rows_phase_ = 0;
-  RingPosition<Traits::kPairSlots> pair_;
-  RingPosition<Traits::kRopeSlots> rope_;
+  RingPosition<Traits::kPairSlots> pair_;  // of the block until its QK is issued, then of the next one
+  RingPosition<Traits::kRopeSlots> rope_;  // the same
 
   std::uint32_t q_[2 * kSteps * Traits::kNumRegisterPairs][4];
   float s_[32];

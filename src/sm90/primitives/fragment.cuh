@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "sm90/ptx/shared.cuh"
+
 // The accumulator of an m64 wgmma, as PTX lays it out ("Register fragments for wgmma.mma_async.m64nNk16"): a warp holds
 // 16 rows; a thread holds rows lane / 4 and lane / 4 + 8 of them, and of each 8 columns two: 2 * (lane % 4) and the
 // next. Register 4 * j + 2 * r + c is column 8 * j + 2 * (lane % 4) + c of its row r.
@@ -18,6 +20,13 @@ constexpr int kRowsPerThread = 2;
 /// The first row of the tile that this thread holds; the other one is 8 further.
 __device__ __forceinline__ int fragment_row(unsigned thread) { return thread % 128 / 32 * 16 + thread % 32 / 4; }
 __device__ __forceinline__ int fragment_row() { return fragment_row(threadIdx.x); }
+
+/// The same, made anew where it is used, with all that follows from it: where registers are too few to keep it.
+__device__ __forceinline__ int fresh_fragment_row() {
+  std::uint32_t thread = threadIdx.x;
+  ptx::launder(thread);
+  return fragment_row(thread);
+}
 
 /// Which of a thread's two rows register `i` belongs to.
 __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }

@@ -44,7 +44,8 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 /// The same for what other threads have written to global memory, and this one has been told of.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-/// Keeps the compiler from computing anything from `value` ahead of this point.
+/// Hides where `value` comes from: the compiler computes nothing from it ahead of this point, and cannot make it anew
+/// behind it.
 __device__ __forceinline__ void launder(std::uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 }  // namespace flash_mla::ptx
