@@ -52,8 +52,8 @@ __device__ __forceinline__ bool mbarrier_test(std::uint32_t barrier, std::uint32
   return has_ended != 0;
 }
 
-/// Waits as mbarrier_wait does, unless mbarrier_test has told of the phase's end. Of a piece: ptxas then keeps the
-/// answer in a predicate, and spills it otherwise.
+/// Waits as mbarrier_wait does, unless mbarrier_test has told of the phase's end. Not mbarrier_wait behind an `if`, for
+/// which ptxas spills; here it keeps the answer in a predicate.
 __device__ __forceinline__ void mbarrier_wait_unless(bool has_ended, std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"
