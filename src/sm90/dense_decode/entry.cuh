@@ -15,14 +15,13 @@
 namespace flash_mla::sm90 {
 
 /// The entry of all decode kernels but that of clusters. Grid: (tiles of query rows, KV heads, parts); neighbours read
-/// the same KV. Two consumer warpgroups, one of warps that load and plan, and, where the kernel has one, one that
-/// scores. Where CTAs may not wait for each other, as many again come behind them and merge split requests
-/// (launch.cuh).
+/// the same KV. Two consumer warpgroups, one of warps that load and plan, and one that scores. Where CTAs may not wait
+/// for each other, as many again come behind them and merge split requests (launch.cuh).
 ///
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
 /// init_query and load_known_query, by a thread of the query warp, and drop_known_query; consume, by the consumer
-/// warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; and, with
-/// Traits::kNumScorers, init_scorer and score. The first warp behind the consumers plans while these initialise.
+/// warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; score, by the
+/// warpgroup behind that. The first warp behind the consumers plans while these initialise.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -48,14 +47,12 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   if (issues_query && has_known_query(params) && CtaRole(params).computes) {
     Kernel::load_known_query(params, shared, tile, head_k, 0);
   }
-  if constexpr (Traits::kNumScorers > 0) {
-    if (warpgroup > Traits::kNumConsumers) Kernel::init_scorer(params, shared, tile, head_k);
-  }
+  if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
   if (threadIdx.x / 32 == Traits::kTablesWarp) prefetch_tables(params, CtaRole(params).part_idx);
   if (threadIdx.x / 32 == Traits::kConsumerWarps) plan_part(params, CtaRole(params).part_idx, shared.plan);
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
-    ptx::decrease_registers<Traits::kProducerRegisters>();
+    ptx::set_registers<Traits::kRegisters, Traits::kProducerRegisters>();
     const CtaRole role(params);
     const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
     Kernel::produce(params, shared, tile, head_k, role, warp);
@@ -72,14 +69,14 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
       if (role.merges) clear_flags(flags, shared.plan, shared.merge_barriers);
     }
   } else if (warpgroup < Traits::kNumConsumers) {
-    ptx::increase_registers<Traits::kConsumerRegisters>();
+    ptx::set_registers<Traits::kRegisters, Traits::kConsumerRegisters>();
     if (const CtaRole role(params); role.computes) {
       Kernel::consume(params, shared, tile, head_k, role.part_idx, warpgroup);
     }
     if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
-  } else if constexpr (Traits::kNumScorers > 0) {
-    ptx::increase_registers<Traits::kScorerRegisters>();
-    if (const CtaRole role(params); role.computes) Kernel::score(params, shared, role.part_idx);
+  } else {
+    ptx::set_registers<Traits::kRegisters, Traits::kScorerRegisters>();
+    if (const CtaRole role(params); role.computes) Kernel::score(params, shared, tile, head_k, role.part_idx);
   }
 }
 

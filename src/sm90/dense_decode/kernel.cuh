@@ -62,15 +62,9 @@ struct DenseDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
-  /// By the scorer, while the plan is made.
-  __device__ static void init_scorer(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
-                                     int head_k) {
-    const int row = threadIdx.x % Traits::kWarpgroupThreads;
-    if (row < Traits::kRows) shared.rows[row] = RowCoordinate(params, tile, head_k, row);
-  }
-
   /// The scorer's walk over the part's pieces.
-  __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared, int part_idx) {
+  __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared,
+                                               const QueryTile& /*tile*/, int /*head_k*/, int part_idx) {
     Scorer<Traits> scorer(params, shared);
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;

@@ -26,4 +26,12 @@ struct RowCoordinate {
   }
 };
 
+/// Notes which query and head each row of a tile is. By a warpgroup, while the plan is made.
+template <class Traits>
+__device__ __forceinline__ void init_rows(const DenseDecodeParams& params, RowCoordinate (&rows)[Traits::kRows],
+                                          const QueryTile& tile, int head_k) {
+  const int row = threadIdx.x % Traits::kWarpgroupThreads;
+  if (row < Traits::kRows) rows[row] = RowCoordinate(params, tile, head_k, row);
+}
+
 }  // namespace flash_mla::sm90

@@ -39,9 +39,9 @@ struct TileTraits {
   static constexpr int kQueryWarp = kConsumerWarps + 1;
   static constexpr int kTablesWarp = kConsumerWarps + 2;
   static constexpr int kSplitsWarp = kConsumerWarps + 3;
-  /// A warpgroup of its own for scores, behind the producers: 0 or 1.
-  static constexpr int kNumScorers = 0;
-  static constexpr int kNumThreads = kConsumerThreads + kWarpgroupThreads;
+  /// A warpgroup of producers, and one that scores, come behind the consumers.
+  static constexpr int kNumThreads = kConsumerThreads + 2 * kWarpgroupThreads;
+  static constexpr int kRegisters = 128;  // of a thread, at launch
 
   /// Chunks of Q that stay in shared memory, and which ones these are.
   static constexpr int kNumSharedQueryChunks = kNumChunks;
@@ -54,8 +54,6 @@ struct DenseDecodeTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;
 
   static constexpr int kRows = kBlockM;
-  static constexpr int kNumScorers = 1;
-  static constexpr int kNumThreads = Base::kNumThreads + Base::kWarpgroupThreads;
   static constexpr int kConsumerRegisters = 160;
   static constexpr int kScorerRegisters = 160;
   static constexpr int kProducerRegisters = 32;

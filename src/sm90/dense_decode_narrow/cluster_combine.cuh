@@ -20,14 +20,16 @@ namespace flash_mla::sm90 {
 template <class Traits>
 struct ClusterStorage : NarrowStorage<Traits> {
   float4 values[Traits::kRows * kHeadDimV / 4];
-  float2 rows[Traits::kRows][kMaxClusterSize];    // maxima and sums of each piece
+  float2 totals[Traits::kRows][kMaxClusterSize];  // maxima and sums of each piece
   float weights[kMaxClusterSize][Traits::kRows];  // what its values are multiplied with
   std::uint64_t staged;         // an mbarrier for an arrival by each consumer thread: the own piece can be given
+  std::uint64_t weighed;        // for one by each consumer and scorer thread: it is there, and weights are
   std::uint64_t rows_received;  // ones for one arrival, with the bytes of all other pieces
   std::uint64_t values_received;
 
   __device__ void init_cluster_barriers() {
     ptx::mbarrier_init(ptx::shared_address(&staged), Traits::kConsumerThreads);
+    ptx::mbarrier_init(ptx::shared_address(&weighed), Traits::kConsumerThreads + Traits::kWarpgroupThreads);
     ptx::mbarrier_init(ptx::shared_address(&rows_received), 1);
     ptx::mbarrier_init(ptx::shared_address(&values_received), 1);
   }
@@ -44,8 +46,8 @@ class ClusterCombine {
   static_assert(kChunkVectors == Traits::kConsumerThreads, "a thread has the same rows of each chunk");
 
  public:
-  static_assert(Traits::kRows * kHeadDimV * sizeof(float) <= Traits::kNumSlots * Traits::kBlockBytes,
-                "the memory of KV, of which all blocks are done, holds what goes to other CTAs");
+  static_assert(Traits::kOwnChunks * kChunkVectors * sizeof(float4) == 2 * Traits::kChunkBytes,
+                "what a consumer has for other CTAs fits chunks of V that only it reads: see staging");
 
   __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared)
       : params_(params),
@@ -68,25 +70,23 @@ class ClusterCombine {
     const std::uint32_t barrier = ptx::map_to_cta(received, to);
     const std::uint32_t values = ptx::map_to_cta(ptx::shared_address(shared_.values) + rank * bytes, to);
     ptx::mbarrier_wait(ptx::shared_address(&shared_.staged), 0);
-    ptx::bulk_copy_to_cta(values, ptx::shared_address(shared_.kv) + to * bytes, bytes, barrier);
+    ptx::bulk_copy_to_cta(values, ptx::shared_address(staging()) + to * bytes, bytes, barrier);
   }
 
-  /// Merges this CTA's chunks. By all consumer threads, when `epilogue` has merged these.
-  __device__ __forceinline__ void run(Consumer& consumer, const NarrowEpilogue<Traits>& epilogue, int warpgroup,
-                                      int request, const QueryTile& tile, int head_k) const {
+  /// Merges this CTA's chunks. By all consumer threads, with the streams merged.
+  __device__ __forceinline__ void run(Consumer& consumer, int warpgroup, int request) const {
     ptx::cluster_wait();  // not for long: all CTAs have begun
     stage(consumer, warpgroup);
-    give_rows(epilogue);  // behind stage, whose fence would wait for these stores
     const int vector = threadIdx.x / Traits::kWarpgroupThreads;
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
     const int row = 8 * vector + thread % 4 * 2;
-    const FinalOutput<Element> output{params_, request};
-    const RowCoordinate at(params_, tile, head_k, 8 * vector + thread % 32 / 4);
+    const RowCoordinate& at = shared_.rows[8 * vector + thread % 32 / 4];
     const int rank = ptx::cta_rank_in_cluster();
-    const auto* const own = reinterpret_cast<const float4*>(shared_.kv) + rank * chunks_ * kChunkVectors;
-    Element* to = output.row(at) + rank * chunks_ * Traits::kChunkColumns + thread / 32 * 16 + thread % 4 * 2;
-    weigh(epilogue, output, tile, head_k);
-    consumer.meet_other();  // weights are there, and what this CTA merges of its own piece
+    const auto* const own = reinterpret_cast<const float4*>(staging()) + rank * chunks_ * kChunkVectors;
+    Element* to = FinalOutput<Element>{params_, request}.row(at) + rank * chunks_ * Traits::kChunkColumns +
+                  thread / 32 * 16 + thread % 4 * 2;
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.weighed));
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.weighed), 0);
     ptx::mbarrier_wait(ptx::shared_address(&shared_.values_received), 0);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks_; ++chunk, to += Traits::kChunkColumns) {
@@ -112,9 +112,25 @@ class ClusterCombine {
     ptx::cluster_wait();  // all have received everything, so nothing reads this CTA's memory any more
   }
 
+  /// Gives rows to the other CTAs, and finds weights. By all threads of the scorer, those whose number is a row with
+  /// its total.
+  __device__ __forceinline__ void weigh(float2 total, int request) const {
+    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
+    if (thread < Traits::kRows) shared_.totals[thread][ptx::cta_rank_in_cluster()] = total;
+    __syncwarp();
+    ptx::named_barrier_sync(kScorerReady, Traits::kWarpgroupThreads);
+    ptx::cluster_wait();
+    give_rows(thread);
+    find_weights(thread, request);
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.weighed));
+  }
+
  private:
+  /// 32 KB: the last two of the first consumer's chunks of V in the first slot, and the first two of the other's.
+  __device__ unsigned char* staging() const { return shared_.kv[0][1 + Traits::kOwnChunks - 2]; }
+
   __device__ __forceinline__ void stage(const Consumer& consumer, int warpgroup) const {
-    const std::uint32_t to = ptx::shared_address(shared_.kv);
+    const std::uint32_t to = ptx::shared_address(staging());
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
     for (int j = 0; j < Traits::kOwnChunks; ++j) {
@@ -130,32 +146,27 @@ class ClusterCombine {
   }
 
   /// A thread gives a row to a CTA.
-  __device__ __forceinline__ void give_rows(const NarrowEpilogue<Traits>& epilogue) const {
+  __device__ __forceinline__ void give_rows(int thread) const {
     const std::uint32_t received = ptx::shared_address(&shared_.rows_received);
-    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, (size_ - 1) * Traits::kRows * sizeof(float2));
-    const int to = threadIdx.x / Traits::kRows;
-    const int row = threadIdx.x % Traits::kRows;
+    if (thread == 0) ptx::mbarrier_arrive_expect(received, (size_ - 1) * Traits::kRows * sizeof(float2));
+    const int to = thread / Traits::kRows;
+    const int row = thread % Traits::kRows;
     const int rank = ptx::cta_rank_in_cluster();
     if (to >= size_ || to == rank) return;
-    const std::uint32_t address = ptx::shared_address(&shared_.rows[row][rank]);
-    ptx::store_to_cta(ptx::map_to_cta(address, to), epilogue.total(row), ptx::map_to_cta(received, to));
+    const std::uint32_t address = ptx::shared_address(&shared_.totals[row][rank]);
+    ptx::store_to_cta(ptx::map_to_cta(address, to), shared_.totals[row][rank], ptx::map_to_cta(received, to));
   }
 
-  /// Waits for the rows, and finds what each piece's values are multiplied with. A lane for each piece, and two rows a
-  /// warp. The first CTA writes log-sum-exp.
-  __device__ __forceinline__ void weigh(const NarrowEpilogue<Traits>& epilogue, const FinalOutput<Element>& output,
-                                        const QueryTile& tile, int head_k) const {
-    static_assert(Traits::kRows == 2 * Traits::kConsumerWarps, "two rows a warp");
-    const int piece = threadIdx.x % kMaxClusterSize;
-    const int row = threadIdx.x / 32 * 2 + threadIdx.x / kMaxClusterSize % 2;
-    const RowCoordinate at(params_, tile, head_k, row);
+  /// Waits for the rows, and finds what each piece's values are multiplied with. A lane for each piece of each row. The
+  /// first CTA writes log-sum-exp.
+  __device__ __forceinline__ void find_weights(int thread, int request) const {
+    static_assert(Traits::kRows * kMaxClusterSize == Traits::kWarpgroupThreads);
+    const int piece = thread % kMaxClusterSize;
+    const int row = thread / kMaxClusterSize;
+    const RowCoordinate& at = shared_.rows[row];
     ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_received), 0);
     float2 own = {kNoMax, 0.0F};
-    if (piece == ptx::cta_rank_in_cluster()) {
-      own = epilogue.total(row);
-    } else if (piece < size_) {
-      own = shared_.rows[row][piece];
-    }
+    if (piece < size_) own = shared_.totals[row][piece];
     float max = fmaxf(own.x, kNoMax);  // an empty piece may have -inf, if the scale is huge
 #pragma unroll
     for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, lanes));
@@ -163,9 +174,10 @@ class ClusterCombine {
     float total = factor * own.y;
 #pragma unroll
     for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
-    if (threadIdx.x % 32 / kMaxClusterSize >= 2) return;  // others have the row
     shared_.weights[piece][row] = factor * inverse_sum(total);
-    if (ptx::cta_rank_in_cluster() == 0 && piece == 0 && at.is_valid()) output.write_lse(at, max, total);
+    if (ptx::cta_rank_in_cluster() == 0 && piece == 0 && at.is_valid()) {
+      FinalOutput<Element>{params_, request}.write_lse(at, max, total);
+    }
   }
 
   const DenseDecodeParams& params_;

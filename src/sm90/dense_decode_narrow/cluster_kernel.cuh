@@ -8,6 +8,7 @@
 #include "sm90/dense_decode_narrow/kernel.cuh"
 #include "sm90/dense_decode_narrow/load.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
+#include "sm90/dense_decode_narrow/scorer.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/cluster.cuh"
@@ -58,13 +59,14 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     shared.init_cluster_barriers();
   }
   if (warpgroup < Traits::kNumConsumers) Kernel::init_but_kv_full(params, shared);
-  // This CTA's blocks, two at most, are loaded by a thread each, as soon as the part is known and before all threads
-  // meet: each initialises what its copies report to. Not where several tiles read the same KV: CTAs that ask for the
-  // same lines at the same time get them later.
+  // One thread loads this CTA's blocks, two at most, as soon as the part is known and before all threads meet; it has
+  // initialised what its copies report to. Not where several tiles read the same KV: CTAs that ask for the same lines
+  // at the same time get them later.
   const bool loads_at_once = params.box_tokens == Traits::kBlockN && gridDim.x == 1;
-  const int block = warp == Traits::kConsumerWarps ? 0 : warp == Traits::kSplitsWarp ? 1 : -1;
-  const bool issues_kv = block >= 0 && ptx::elect_one();
-  if (issues_kv) Kernel::init_kv_full(shared, block);
+  const bool issues_kv = warp == Traits::kConsumerWarps && ptx::elect_one();
+  if (issues_kv) {
+    for (int slot = 0; slot < Traits::kNumSlots; ++slot) Kernel::init_kv_full(shared, slot);
+  }
   const bool issues_query = warp == Traits::kQueryWarp && ptx::elect_one();
   if (issues_query) Kernel::init_query(shared);
   __syncwarp();
@@ -73,37 +75,40 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   ptx::launch_dependents();
   const int request = ptx::cta_z() / params.cluster_size;
   if (issues_query) Kernel::load_known_query(params, shared, tile, head_k, request);
+  if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
   if (warp == Traits::kTablesWarp) prefetch_pages(params, request);
   if (issues_kv) {
-    const scheduler::Part part = part_of_cluster(params, ptx::cta_z());
-    if (block == 0) shared.plan.part = part;
+    shared.plan.part = part_of_cluster(params, ptx::cta_z());
     Piece piece;
-    PieceWalk(params, part, 0).next(piece);
-    if (loads_at_once) NarrowProducer<Traits, true>(params, shared).load_into_fresh_slots(piece, block, head_k);
+    PieceWalk(params, shared.plan.part, 0).next(piece);
+    if (loads_at_once) NarrowProducer<Traits, true>(params, shared).load_into_fresh_slots(piece, head_k);
   }
   __syncwarp();
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
-    ptx::decrease_registers<Traits::kProducerRegisters>();
     if (!loads_at_once) Kernel::produce(params, shared, tile, head_k, CtaRole(params), warp - Traits::kConsumerWarps);
     __syncwarp();
     ptx::cluster_wait();
     ClusterCombine<Traits>(params, shared).give(warp - Traits::kConsumerWarps);
-  } else {
-    ptx::increase_registers<Traits::kConsumerRegisters>();
-    NarrowConsumer<Traits> consumer(params, shared, warpgroup);
-    Piece piece;
-    PieceWalk(params, shared.plan.part, 0).next(piece);
+    return;
+  }
+  Piece piece;
+  PieceWalk(params, shared.plan.part, 0).next(piece);
+  const bool has_blocks = piece.begin_block < piece.end_block;
+  const ClusterCombine<Traits> combine(params, shared);
+  if (warpgroup < Traits::kNumConsumers) {
+    NarrowConsumer<Traits> consumer(shared, warpgroup);
     consumer.reset();
-    if (piece.begin_block < piece.end_block) {
-      const RowCoordinate first_row(params, tile, head_k, 0);
-      consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
+    if (has_blocks) {
+      consumer.run(piece);
     } else {
       Kernel::drop_known_query(shared);
     }
-    const NarrowEpilogue<Traits> epilogue(params, shared, piece, tile, head_k, warpgroup);
-    epilogue.merge(consumer);
-    ClusterCombine<Traits>(params, shared).run(consumer, epilogue, warpgroup, piece.request, tile, head_k);
+    combine.run(consumer, warpgroup, piece.request);
+  } else {
+    NarrowScorer<Traits> scorer(params, shared);
+    const float2 total = has_blocks ? scorer.run(piece) : scorer.no_keys();
+    combine.weigh(total, piece.request);
   }
 }
 

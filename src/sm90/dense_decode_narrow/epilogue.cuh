@@ -5,8 +5,8 @@
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
-#include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/slot.cuh"
+#include "sm90/dense_decode_narrow/accumulator.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -17,107 +17,65 @@
 
 namespace flash_mla::sm90 {
 
-/// Merges what the two consumers have of a piece, and writes it: consumer w the chunks 4 w to 4 w + 3 of O, its own
-/// ones. The other's part of them comes through the memory of Q, kStagedChunks at a time.
+/// What becomes of a piece's rows, whose totals the scorer has.
+template <class Traits>
+class NarrowRowEpilogue {
+ public:
+  __device__ NarrowRowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, int tile)
+      : params_(params), shared_(shared), tile_(tile) {}
+
+  /// By a thread for each row, with its maximum, times softmax_scale_log2, and sum. Log-sum-exp of a whole request,
+  /// whose sum the consumers get; and what others are told of a part of one.
+  __device__ __forceinline__ void write(const Piece& piece, int row, float2 total) {
+    if (piece.is_whole) {
+      if (piece.begin_block < piece.end_block) {
+        ptx::mbarrier_wait(ptx::shared_address(&shared_.sums_empty), phase_ ^ 1);
+        phase_ ^= 1;
+        shared_.row_sum[row] = total.y;
+        ptx::mbarrier_arrive(ptx::shared_address(&shared_.sums_full));
+      }
+      const RowCoordinate& at = shared_.rows[row];
+      const FinalOutput<typename Traits::Element> output{params_, piece.request};
+      if (at.is_valid()) output.write_lse(at, total.x, total.y);
+      return;
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.plan.splits_ready), 0);
+    if (!shared_.plan.is_read(piece.slot)) return;
+    const SlotTile<Traits> slot(params_, piece.slot, tile_);
+    for (int consumer = 0; consumer < Traits::kNumConsumers; ++consumer) {
+      Total{total.x, total.y, 1.0F}.announce(slot.totals(slot.unit(row, consumer)), params_.token);
+    }
+  }
+
+ private:
+  const DenseDecodeParams& params_;
+  NarrowStorage<Traits>& shared_;
+  const int tile_;  // of those of all KV heads
+  std::uint32_t phase_ = 0;
+};
+
+/// Writes a consumer's half of the columns of O.
 template <class Traits>
 class NarrowEpilogue {
   using Element = typename Traits::Element;
   using Consumer = NarrowConsumer<Traits>;
+  using Accumulator = NarrowAccumulator<Traits>;
 
  public:
-  __device__ NarrowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, const Piece& piece,
-                            const QueryTile& tile, int head_k, int warpgroup)
-      : params_(params),
-        shared_(shared),
-        piece_(piece),
-        tile_(tile),
-        head_k_(head_k),
-        warpgroup_(warpgroup),
-        staging_(ptx::shared_address(shared.q)) {}
+  __device__ NarrowEpilogue(const DenseDecodeParams& params, NarrowStorage<Traits>& shared, int warpgroup)
+      : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
-  __device__ __forceinline__ void write(Consumer& consumer) const {
-    merge(consumer);
-    if (piece_.is_whole) {
-      write_final(consumer);
-      return;
-    }
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.plan.splits_ready), 0);
-    if (shared_.plan.is_read(piece_.slot)) write_partial(consumer);
-  }
-
-  /// Brings both consumers' part of the own chunks together in registers, and the rows into shared memory.
-  __device__ __forceinline__ void merge(Consumer& consumer) const {
-    if (!has_blocks()) return;
-    if (warpgroup_ == 1) swap_halves(consumer.o);
-    give_rows(consumer);
-    consumer.wait_for_qk();  // so that nobody reads Q
-    give(consumer, 0);
-    consumer.meet_other();
-    float own[Traits::kRowsPerThread];    // what this consumer's O is multiplied with
-    float other[Traits::kRowsPerThread];  // and the other's
-#pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const float other_max = shared_.row_max[1 - warpgroup_][Consumer::row_at(k)];
-      const float max = fmaxf(consumer.row_max[k], other_max);
-      own[k] = ptx::exp2_approx((consumer.row_max[k] - max) * params_.softmax_scale_log2);
-      other[k] = ptx::exp2_approx((other_max - max) * params_.softmax_scale_log2);
-    }
-    take(consumer, 0, own, other);
-#pragma unroll
-    for (int first = kStagedChunks; first < Traits::kOwnChunks; first += kStagedChunks) {
-      consumer.meet_other();  // read, before it is written again
-      give(consumer, first);
-      consumer.meet_other();
-      take(consumer, first, own, other);
-    }
-  }
-
-  /// A row's maximum, times softmax_scale_log2, and sum over both consumers, once these are merged.
-  __device__ __forceinline__ float2 total(int row) const {
-    float max = kNoMax;
-    float sum = 0.0F;
-    if (has_blocks()) {
-      max = fmaxf(shared_.row_max[0][row], shared_.row_max[1][row]);
-#pragma unroll
-      for (int w = 0; w < Traits::kNumConsumers; ++w) {
-        const float4 part = shared_.warp_sums[w][row];
-        const float factor = ptx::exp2_approx((shared_.row_max[w][row] - max) * params_.softmax_scale_log2);
-        sum += (part.x + part.y + part.z + part.w) * factor;
-      }
-    }
-    return {max * params_.softmax_scale_log2, sum};
-  }
-
-  /// Before another piece: what consumers exchanged is read, and the memory of Q is Q's again.
-  __device__ __forceinline__ void give_back_query(Consumer& consumer) const {
-    consumer.meet_other();
-    if (!has_blocks()) return;
-    clear_query_padding<Traits>(params_, ptx::shared_address(shared_.q), threadIdx.x, Traits::kConsumerThreads);
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
-  }
-
- private:
-  static constexpr int kStagedChunks = Traits::kStagedChunks;
-  static constexpr int kVectorsPerChunk = Traits::kAccumulators / 4;
   /// A thread stores to one of each 8 rows, that of its lane / 4: 8 columns and 8 rows at a time are transposed, so
   /// that it stores two columns of a row.
-  __device__ __forceinline__ void write_final(const Consumer& consumer) const {
-    const FinalOutput<Element> output{params_, piece_.request};
-    if (const int row = static_cast<int>(threadIdx.x); row < Traits::kRows) {
-      const float2 its = total(row);
-      const RowCoordinate at = coordinate(row);
-      if (at.is_valid()) output.write_lse(at, its.x, its.y);
-    }
-    __syncwarp();
+  __device__ __forceinline__ void write_final(const Consumer& consumer, const Piece& piece) {
     float inverse[Traits::kRowsPerThread];
-#pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) inverse[k] = inverse_sum(total(Consumer::row_at(k)).y);
+    take_sums(piece, inverse);
+    const FinalOutput<Element> output{params_, piece.request};
     const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
                              static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int group = 0; group < Traits::kRows / 8; ++group) {
-      const RowCoordinate at = coordinate(8 * group + threadIdx.x % 32 / 4);
+      const RowCoordinate& at = shared_.rows[8 * group + threadIdx.x % 32 / 4];
       Element* const row = output.row(at) + first_column;
 #pragma unroll
       for (int chunk = 0; chunk < Traits::kOwnChunks; ++chunk) {
@@ -133,18 +91,15 @@ class NarrowEpilogue {
     }
   }
 
-  __device__ __forceinline__ void write_partial(const Consumer& consumer) const {
-    const SlotTile<Traits> slot(params_, piece_.slot, tile_.index(params_.tiling, head_k_));
-    if (const int unit = static_cast<int>(threadIdx.x); unit < slot.kNumUnits) {
-      const float2 its = total(unit / Traits::kNumConsumers);
-      Total{its.x, its.y, 1.0F}.announce(slot.totals(unit), params_.token);
-    }
-    __syncwarp();
+  /// `tile` counts those of all KV heads.
+  __device__ __forceinline__ void write_partial(const Consumer& consumer, const Piece& piece, int tile) const {
+    const SlotTile<Traits> slot(params_, piece.slot, tile);
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
       const int i = k / 2 * 4 + k % 2;
-      auto* const to = reinterpret_cast<float4*>(slot.values(slot.unit(Consumer::row_at(k), warpgroup_))) + thread / 4;
+      auto* const to =
+          reinterpret_cast<float4*>(slot.values(slot.unit(Accumulator::row_at(k), warpgroup_))) + thread / 4;
 #pragma unroll
       for (int chunk = 0; chunk < Traits::kOwnChunks; chunk += 2) {
         const float* const v = &consumer.o[chunk][i];
@@ -154,79 +109,26 @@ class NarrowEpilogue {
     }
   }
 
-  __device__ RowCoordinate coordinate(int row) const { return {params_, tile_, head_k_, row}; }
-  __device__ bool has_blocks() const { return piece_.begin_block < piece_.end_block; }
-
-  /// Brings this consumer's maxima and sums into shared memory.
-  __device__ __forceinline__ void give_rows(const Consumer& consumer) const {
-    const int warp = threadIdx.x % Traits::kWarpgroupThreads / 32;
-    const bool has_rows = threadIdx.x % 32 < 4;  // the lanes of the warp that write
+ private:
+  /// Inverse sums of the thread's rows.
+  __device__ __forceinline__ void take_sums(const Piece& piece, float (&inverse)[Traits::kRowsPerThread]) {
+    const bool has_blocks = piece.begin_block < piece.end_block;
+    if (has_blocks) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared_.sums_full), phase_);
+      phase_ ^= 1;
+    }
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const float sum = column_reduce_sum(consumer.row_sum[k]);
-      const int row = Consumer::row_at(k);
-      if (has_rows) reinterpret_cast<float*>(&shared_.warp_sums[warpgroup_][row])[warp] = sum;
-      if (has_rows && warp == 0) shared_.row_max[warpgroup_][row] = consumer.row_max[k];
+      inverse[k] = has_blocks ? inverse_sum(shared_.row_sum[Accumulator::row_at(k)]) : 0.0F;
     }
-  }
-
-  /// So that o[0] to o[3] are the chunks that this consumer writes.
-  __device__ __forceinline__ static void swap_halves(float (&o)[Traits::kNumVChunks][Traits::kAccumulators]) {
-#pragma unroll
-    for (int chunk = 0; chunk < Traits::kOwnChunks; ++chunk) {
-#pragma unroll
-      for (int i = 0; i < Traits::kAccumulators; ++i) {
-        const float kept = o[chunk][i];
-        o[chunk][i] = o[chunk + Traits::kOwnChunks][i];
-        o[chunk + Traits::kOwnChunks][i] = kept;
-      }
-    }
-  }
-
-  /// Gives the other consumer kStagedChunks of its chunks of O, from its `first` on.
-  __device__ __forceinline__ void give(const Consumer& consumer, int first) const {
-#pragma unroll
-    for (int j = 0; j < kStagedChunks; ++j) {
-      const auto& given = consumer.o[Traits::kOwnChunks + first + j];
-#pragma unroll
-      for (int v = 0; v < kVectorsPerChunk; ++v) {
-        ptx::store_shared_v4(staged(1 - warpgroup_, j, v),
-                             {given[4 * v], given[4 * v + 1], given[4 * v + 2], given[4 * v + 3]});
-      }
-    }
-  }
-  /// Adds what the other has given.
-  __device__ __forceinline__ void take(Consumer& consumer, int first, const float (&own)[Traits::kRowsPerThread],
-                                       const float (&other)[Traits::kRowsPerThread]) const {
-#pragma unroll
-    for (int j = 0; j < kStagedChunks; ++j) {
-      auto& o = consumer.o[first + j];
-#pragma unroll
-      for (int v = 0; v < kVectorsPerChunk; ++v) {
-        const float4 taken = ptx::load_shared_v4(staged(warpgroup_, j, v));
-        const float part[4] = {taken.x, taken.y, taken.z, taken.w};
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int k = Consumer::index_of(4 * v + c);
-          o[4 * v + c] = fmaf(o[4 * v + c], own[k], part[c] * other[k]);
-        }
-      }
-    }
-  }
-  /// Where a thread's vector of a chunk that `warpgroup` takes lies.
-  __device__ std::uint32_t staged(int warpgroup, int chunk, int vector) const {
-    const int idx = (warpgroup * kStagedChunks + chunk) * kVectorsPerChunk + vector;
-    return staging_ + (idx * Traits::kWarpgroupThreads + threadIdx.x % Traits::kWarpgroupThreads) *
-                          static_cast<int>(sizeof(float4));
+    __syncwarp();
+    if (has_blocks && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.sums_empty));
   }
 
   const DenseDecodeParams& params_;
   NarrowStorage<Traits>& shared_;
-  const Piece& piece_;
-  const QueryTile& tile_;
-  const int head_k_;
   const int warpgroup_;
-  const std::uint32_t staging_;
+  std::uint32_t phase_ = 0;
 };
 
 }  // namespace flash_mla::sm90

@@ -7,6 +7,7 @@
 #include "sm90/dense_decode_narrow/epilogue.cuh"
 #include "sm90/dense_decode_narrow/load.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
+#include "sm90/dense_decode_narrow/scorer.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -35,11 +36,14 @@ struct NarrowDecodeKernel {
   }
   __device__ static void init_but_kv_full(const DenseDecodeParams& params, Storage& shared) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kConsumerThreads);
-      ptx::mbarrier_init(ptx::shared_address(&shared.qk_over), Traits::kConsumerThreads);
-      ptx::mbarrier_init(ptx::shared_address(&shared.consumers_met), Traits::kConsumerThreads);
+      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kWarpgroupWarps);
+      ptx::mbarrier_init(ptx::shared_address(&shared.sums_full), Traits::kRows);
+      ptx::mbarrier_init(ptx::shared_address(&shared.sums_empty), Traits::kConsumerWarps);
       for (auto& barrier : shared.kv_empty) {
-        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps);
+        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kConsumerWarps);
+      }
+      for (auto& barrier : shared.p_full) {
+        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
       }
       ptx::fence_mbarrier_init();
     }
@@ -62,20 +66,39 @@ struct NarrowDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
-  /// A consumer's walk over the part's pieces.
+  /// The scorer's walk over the part's pieces.
+  __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+                                               int head_k, int part_idx) {
+    NarrowScorer<Traits> scorer(params, shared);
+    NarrowRowEpilogue<Traits> epilogue(params, shared, tile.index(params.tiling, head_k));
+    PieceWalk walk(params, shared.plan.part, part_idx);
+    Piece piece;
+    while (walk.next(piece)) {
+      float2 total = scorer.no_keys();
+      if (piece.begin_block < piece.end_block) total = scorer.run(piece);
+      const int row = threadIdx.x % Traits::kWarpgroupThreads;
+      if (row < Traits::kRows) epilogue.write(piece, row, total);
+      __syncwarp();
+    }
+  }
+
+  /// A consumer's walk over them.
   __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
-    NarrowConsumer<Traits> consumer(params, shared, warpgroup);
-    const RowCoordinate first_row(params, tile, head_k, 0);
+    NarrowConsumer<Traits> consumer(shared, warpgroup);
+    NarrowEpilogue<Traits> epilogue(params, shared, warpgroup);
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
     while (walk.next(piece)) {
       consumer.reset();
-      if (piece.begin_block < piece.end_block) consumer.run(piece, tile, first_row.limit(params, piece.seqlen_k));
-      const NarrowEpilogue<Traits> epilogue(params, shared, piece, tile, head_k, warpgroup);
-      epilogue.write(consumer);
-      if (!piece.is_whole) ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
-      if (!piece.is_last) epilogue.give_back_query(consumer);
+      if (piece.begin_block < piece.end_block) consumer.run(piece);
+      if (piece.is_whole) {
+        epilogue.write_final(consumer, piece);
+      } else {
+        ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
+        if (shared.plan.is_read(piece.slot)) epilogue.write_partial(consumer, piece, tile.index(params.tiling, head_k));
+        ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
+      }
     }
   }
 

@@ -36,13 +36,16 @@ class NarrowProducer {
         kv_full_(ptx::shared_address(shared.kv_full)),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
-  /// Block number `i` of the part's only piece, which has no more blocks than the ring holds: its slots are fresh, and
-  /// not waited for. By one thread for each block.
-  __device__ __forceinline__ void load_into_fresh_slots(const Piece& piece, int i, int head_k) {
-    const int block = piece.begin_block + i;
-    if (block >= piece.end_block) return;
-    at_ = at_ + i;
-    load_whole_block(block, look_up(piece, block).first, head_k);
+  /// The part's only piece, which has no more blocks than the ring holds: its slots are fresh, and not waited for.
+  __device__ __forceinline__ void load_into_fresh_slots(const Piece& piece, int head_k) {
+    const BlockPages second = look_up(piece, piece.begin_block + 1);
+    BlockPages pages = look_up(piece, piece.begin_block);
+#pragma unroll 1
+    for (int block = piece.begin_block; block < piece.end_block; ++block) {
+      load_whole_block(block, pages.first, head_k);
+      pages = second;
+      at_ = at_ + 1;
+    }
   }
 
   __device__ void load_piece(const Piece& piece, int head_k) {

@@ -5,14 +5,11 @@
 
 namespace flash_mla::ptx {
 
-template <int kRegisters>
-__device__ __forceinline__ void increase_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void decrease_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+/// Brings the warpgroup, which has kBefore, to kRegisters a thread.
+template <int kBefore, int kRegisters>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kRegisters > kBefore) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  if constexpr (kRegisters < kBefore) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 }  // namespace flash_mla::ptx
