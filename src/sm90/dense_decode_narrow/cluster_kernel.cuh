@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     consumer.reset();
     if (has_blocks) {
       consumer.run(piece);
+      consumer.finish(true);
     } else {
       Kernel::drop_known_query(shared);
     }

@@ -91,8 +91,10 @@ class NarrowEpilogue {
     }
   }
 
-  /// `tile` counts those of all KV heads.
-  __device__ __forceinline__ void write_partial(const Consumer& consumer, const Piece& piece, int tile) const {
+  /// Half `half` of the consumer's columns. `tile` counts those of all KV heads.
+  __device__ __forceinline__ void write_partial(const Consumer& consumer, const Piece& piece, int tile,
+                                                int half) const {
+    static_assert(Traits::kOwnChunks == 4);
     const SlotTile<Traits> slot(params_, piece.slot, tile);
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
 #pragma unroll
@@ -100,12 +102,9 @@ class NarrowEpilogue {
       const int i = k / 2 * 4 + k % 2;
       auto* const to =
           reinterpret_cast<float4*>(slot.values(slot.unit(Accumulator::row_at(k), warpgroup_))) + thread / 4;
-#pragma unroll
-      for (int chunk = 0; chunk < Traits::kOwnChunks; chunk += 2) {
-        const float* const v = &consumer.o[chunk][i];
-        const float* const w = &consumer.o[chunk + 1][i];
-        to[chunk / 2 * Traits::kWarpgroupThreads / 4] = make_float4(v[0], v[2], w[0], w[2]);
-      }
+      const float* const v = &consumer.o[2 * half][i];
+      const float* const w = &consumer.o[2 * half + 1][i];
+      to[half * Traits::kWarpgroupThreads / 4] = make_float4(v[0], v[2], w[0], w[2]);
     }
   }
 

@@ -90,13 +90,19 @@ struct NarrowDecodeKernel {
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
     while (walk.next(piece)) {
+      const bool has_blocks = piece.begin_block < piece.end_block;
       consumer.reset();
-      if (piece.begin_block < piece.end_block) consumer.run(piece);
+      if (has_blocks) consumer.run(piece);
       if (piece.is_whole) {
+        consumer.finish(has_blocks);
         epilogue.write_final(consumer, piece);
       } else {
+        const int tile_idx = tile.index(params.tiling, head_k);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
-        if (shared.plan.is_read(piece.slot)) epilogue.write_partial(consumer, piece, tile.index(params.tiling, head_k));
+        const bool is_read = shared.plan.is_read(piece.slot);
+        if (is_read) epilogue.write_partial(consumer, piece, tile_idx, 0);
+        consumer.finish(has_blocks);
+        if (is_read) epilogue.write_partial(consumer, piece, tile_idx, 1);
         ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       }
     }

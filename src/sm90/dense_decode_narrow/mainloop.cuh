@@ -31,18 +31,26 @@ class NarrowConsumer {
     }
   }
 
-  /// O (this warpgroup's columns) of a piece with at least one block.
+  /// O (this warpgroup's columns) of a piece with at least one block, but for the second half of these columns, which
+  /// `finish` waits for: the first half can be stored meanwhile.
   __device__ __forceinline__ void run(const Piece& piece) {
 #pragma unroll 1
-    for (int block = piece.begin_block; block < piece.end_block; ++block) {
+    for (int block = piece.begin_block;; ++block) {
       ptx::mbarrier_wait(ptx::shared_address(&shared_.p_full[at_.slot]), at_.phase);
       if (__any_sync(~0U, block > piece.begin_block && shared_.rescales[at_.slot] != 0)) rescale_o();
       ptx::wgmma_fence();
       issue_pv();
-      ptx::wgmma_wait<0>();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.kv_empty[at_.slot]));
-      at_ = at_ + 1;
+      if (block == piece.end_block - 1) break;
+      finish(true);
     }
+    ptx::wgmma_wait<1>();
+  }
+  /// Waits for all of PV, and gives the block back, if there is one.
+  __device__ __forceinline__ void finish(bool has_block) {
+    ptx::wgmma_wait<0>();  // in any case, or ptxas inserts waits of its own
+    if (!has_block) return;
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.kv_empty[at_.slot]));
+    at_ = at_ + 1;
   }
 
   float o[Traits::kOwnChunks][Traits::kAccumulators];
@@ -60,6 +68,7 @@ class NarrowConsumer {
     }
   }
 
+  /// In two groups, a half of the columns each.
   __device__ __forceinline__ void issue_pv() {
     const ptx::SwizzledOperand<16> p(ptx::shared_address(shared_.p[at_.slot]));
 #pragma unroll
@@ -71,8 +80,8 @@ class NarrowConsumer {
         ptx::wgmma_m64k16<Element, true>(o[j], v.at(step * 16 * Traits::kRowBytes), p.at(step * Traits::kStepBytes),
                                          true);
       }
+      if (j % (Traits::kOwnChunks / 2) == Traits::kOwnChunks / 2 - 1) ptx::wgmma_commit();
     }
-    ptx::wgmma_commit();
   }
 
   NarrowStorage<Traits>& shared_;
