@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -41,7 +42,7 @@ struct FinalOutput {
   __device__ void write_lse(const RowCoordinate& at, float max, float sum) const { *lse(at) = log_sum_exp(max, sum); }
 };
 
-/// Writes a consumer warpgroup's columns of O.
+/// Writes a consumer warpgroup's columns of O of a whole request.
 template <class Traits>
 class Epilogue {
   using Element = typename Traits::Element;
@@ -50,63 +51,31 @@ class Epilogue {
   __device__ Epilogue(const DenseDecodeParams& params, const Piece& piece, int warpgroup)
       : params_(params), piece_(piece), first_column_(warpgroup * Traits::kColumnsPerConsumer) {}
 
-  /// One of the thread's rows of a whole piece: its values of O, its maximum, and the sum over all columns of both
-  /// warpgroups.
-  template <int kRow>
-  __device__ __forceinline__ void write_final(const RowCoordinate& at, const float (&o)[2][64], float row_max,
-                                              float row_sum) const {
-    const FinalOutput<Element> output{params_, piece_.request};
-    const float inverse = inverse_sum(row_sum);
-    Element* const row = output.row(at) + first_column_;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) write_half<kRow>(row + half * 128, at.is_valid(), o[half], inverse);
-    if (first_column_ == 0 && at.is_valid() && threadIdx.x % 4 == 0) {
-      output.write_lse(at, row_max, row_sum);
-    }
+  /// Half `half` of the columns. `rows`: the thread's are the first and the one 8 further. Sums are over all columns of
+  /// both warpgroups.
+  __device__ __forceinline__ void write(const RowCoordinate* rows, int half, const float (&o)[64],
+                                        const float (&row_sum)[kRowsPerThread]) const {
+    write_row<0>(rows[0], half, o, row_sum[0]);
+    write_row<1>(rows[8], half, o, row_sum[1]);
   }
-
-  /// All of another piece, totals first. `tile` counts those of all KV heads.
-  __device__ __forceinline__ void write_partial(const float (&o)[2][64], const float (&row_max)[2],
-                                                const float (&row_sum)[2], int tile) const {
-    const SlotTile<Traits> slot(params_, piece_.slot, tile);
-    float largest[2] = {0.0F, 0.0F};
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      largest[row_of(i)] = fmaxf(largest[row_of(i)], fmaxf(fabsf(o[0][i]), fabsf(o[1][i])));
-    }
-    const RowScale scale[2] = {RowScale(row_reduce_max(largest[0])), RowScale(row_reduce_max(largest[1]))};
-    const int consumer = first_column_ / Traits::kColumnsPerConsumer;
-    const int row = fresh_fragment_row();
-    const int unit = slot.unit(row, consumer);
-    constexpr int kUnitsBetween = 8 / Traits::kRowsOfUnit * Traits::kNumConsumers;  // the thread's rows
-    if (threadIdx.x % 4 == 0) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        const Total total{row_max[r], row_sum[r], scale[r].scale};
-        total.announce(slot.totals(unit + r * kUnitsBetween) + row % Traits::kRowsOfUnit, params_.token);
-      }
-    }
+  /// By one of the consumers.
+  __device__ __forceinline__ void write_lse(const RowCoordinate* rows, const float (&row_max)[kRowsPerThread],
+                                            const float (&row_sum)[kRowsPerThread]) const {
+    if (first_column_ != 0 || threadIdx.x % 4 != 0) return;
+    const FinalOutput<Element> output{params_, piece_.request};
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      // The threads of two rows in turn.
-      auto* const to = reinterpret_cast<uint4*>(slot.values(unit + r * kUnitsBetween)) + threadIdx.x % 8;
-#pragma unroll
-      for (int i = 0; i < 128; i += 16) {
-        std::uint32_t packed[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float* const v = &o[i / 64][i % 64 + 4 * k + 2 * r];
-          packed[k] = pack<__half>(v[0] * scale[r].inverse, v[1] * scale[r].inverse);
-        }
-        to[i / 2] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      }
+      if (rows[8 * r].is_valid()) output.write_lse(rows[8 * r], row_max[r], row_sum[r]);
     }
   }
 
  private:
   /// 32 columns at a time, transposed so that each thread stores 16 bytes.
   template <int kRow>
-  __device__ __forceinline__ static void write_half(Element* row, bool is_valid, const float (&o)[64], float inverse) {
+  __device__ __forceinline__ void write_row(const RowCoordinate& at, int half, const float (&o)[64],
+                                            float row_sum) const {
+    const float inverse = inverse_sum(row_sum);
+    Element* const row = FinalOutput<Element>{params_, piece_.request}.row(at) + first_column_ + half * 128;
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
       std::uint32_t packed[4];
@@ -116,7 +85,7 @@ class Epilogue {
         packed[j] = pack<Element>(o[i] * inverse, o[i + 1] * inverse);
       }
       transpose_quad(packed);
-      if (is_valid) {
+      if (at.is_valid()) {
         *reinterpret_cast<uint4*>(row + 32 * group + threadIdx.x % 4 * 8) =
             make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
@@ -126,6 +95,93 @@ class Epilogue {
   const DenseDecodeParams& params_;
   const Piece& piece_;
   const int first_column_;
+};
+
+/// Writes a consumer warpgroup's columns of O of a part of a request, not normalised, and the rows' totals. The first
+/// half of the columns while PV of the last block goes on with the second: it takes the scale that it needs, and some
+/// room for larger values of the second half.
+template <class Traits>
+class PartialEpilogue {
+ public:
+  /// `tile` counts those of all KV heads.
+  __device__ PartialEpilogue(const DenseDecodeParams& params, const Piece& piece, int tile, int warpgroup)
+      : params_(params), piece_(piece), tile_(tile), warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void write_first_half(const float (&o)[64]) {
+    float largest[kRowsPerThread];
+    find_largest(o, largest);
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) scale_[r] = RowScale(fminf(kRoom * largest[r], FLT_MAX));
+    write_half(o, 0);
+  }
+
+  /// The second half, and the totals. The first half again, where the second needs a larger scale.
+  __device__ __forceinline__ void write_rest(const float (&o)[2][64], const float (&row_max)[kRowsPerThread],
+                                             const float (&row_sum)[kRowsPerThread]) {
+    float largest[kRowsPerThread];
+    find_largest(o[1], largest);
+    if (!__all_sync(~0U, scale_[0].fits(largest[0]) && scale_[1].fits(largest[1]))) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        if (!scale_[r].fits(largest[r])) scale_[r] = RowScale(largest[r]);
+      }
+      write_half(o[0], 0);
+    }
+    if (threadIdx.x % 4 == 0) {
+      const int row = fresh_fragment_row();
+      const SlotTile<Traits> slot(params_, piece_.slot, tile_);
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        const Total total{row_max[r], row_sum[r], scale_[r].scale()};
+        total.announce(slot.totals(unit(row, r)) + row % Traits::kRowsOfUnit, params_.token);
+      }
+    }
+    __syncwarp();
+    write_half(o[1], 1);
+  }
+
+ private:
+  static constexpr float kRoom = 16.0F;
+
+  /// The unit of the thread's row number `r`, of which `first_row` is the first.
+  __device__ __forceinline__ int unit(int first_row, int r) const {
+    return SlotTile<Traits>::unit(first_row, warpgroup_) + r * (8 / Traits::kRowsOfUnit * Traits::kNumConsumers);
+  }
+
+  /// The largest magnitudes of the thread's rows.
+  __device__ __forceinline__ static void find_largest(const float (&o)[64], float (&largest)[kRowsPerThread]) {
+    largest[0] = largest[1] = 0.0F;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) largest[row_of(i)] = fmaxf(largest[row_of(i)], fabsf(o[i]));
+    largest[0] = row_reduce_max(largest[0]);
+    largest[1] = row_reduce_max(largest[1]);
+  }
+
+  __device__ __forceinline__ void write_half(const float (&o)[64], int half) const {
+    const int row = fresh_fragment_row();
+    const SlotTile<Traits> slot(params_, piece_.slot, tile_);
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      // The threads of two rows in turn.
+      auto* const to = reinterpret_cast<uint4*>(slot.values(unit(row, r))) + half * 32 + threadIdx.x % 8;
+#pragma unroll
+      for (int i = 0; i < 64; i += 16) {
+        std::uint32_t packed[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float* const v = &o[i + 4 * k + 2 * r];
+          packed[k] = pack<__half>(v[0] * scale_[r].inverse, v[1] * scale_[r].inverse);
+        }
+        to[i / 2] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      }
+    }
+  }
+
+  const DenseDecodeParams& params_;
+  const Piece& piece_;
+  const int tile_;
+  const int warpgroup_;
+  RowScale scale_[kRowsPerThread] = {RowScale(0.0F), RowScale(0.0F)};
 };
 
 }  // namespace flash_mla::sm90

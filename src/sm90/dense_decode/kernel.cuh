@@ -81,17 +81,22 @@ struct DenseDecodeKernel {
     Piece piece;
     while (walk.next(piece)) {
       consumer.reset();
-      if (piece.begin_block < piece.end_block) consumer.run(piece);
-      const Epilogue<Traits> epilogue(params, piece, warpgroup);
+      const bool has_blocks = piece.begin_block < piece.end_block;
+      if (has_blocks) consumer.run(piece);
       if (piece.is_whole) {
+        const Epilogue<Traits> epilogue(params, piece, warpgroup);
         const RowCoordinate* const rows = &shared.rows[fresh_fragment_row()];
-        epilogue.template write_final<0>(rows[0], consumer.o, consumer.row_max[0], consumer.row_sum[0]);
-        epilogue.template write_final<1>(rows[8], consumer.o, consumer.row_max[1], consumer.row_sum[1]);
+        epilogue.write(rows, 0, consumer.o[0], consumer.row_sum);
+        consumer.finish(has_blocks);
+        epilogue.write(rows, 1, consumer.o[1], consumer.row_sum);
+        epilogue.write_lse(rows, consumer.row_max, consumer.row_sum);
       } else {
+        PartialEpilogue<Traits> epilogue(params, piece, tile.index(params.tiling, head_k), warpgroup);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
-        if (shared.plan.is_read(piece.slot)) {
-          epilogue.write_partial(consumer.o, consumer.row_max, consumer.row_sum, tile.index(params.tiling, head_k));
-        }
+        const bool is_read = shared.plan.is_read(piece.slot);
+        if (is_read) epilogue.write_first_half(consumer.o[0]);
+        consumer.finish(has_blocks);
+        if (is_read) epilogue.write_rest(consumer.o, consumer.row_max, consumer.row_sum);
         ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       }
     }

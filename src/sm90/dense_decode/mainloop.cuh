@@ -33,11 +33,12 @@ class Consumer {
     row_sum[0] = row_sum[1] = 0.0F;
   }
 
-  /// O (this warpgroup's columns), row maxima and row sums of a piece with at least one block.
+  /// O (this warpgroup's columns), row maxima and row sums of a piece with at least one block, but for the second half
+  /// of the columns, which `finish` waits for: the first half can be stored meanwhile.
   __device__ __forceinline__ void run(const Piece& piece) {
     pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q
 #pragma unroll 1
-    for (int block = piece.begin_block; block < piece.end_block; ++block) {
+    for (int block = piece.begin_block;; ++block) {
       if (block > piece.begin_block) rescale_o();
       ptx::mbarrier_wait(ptx::shared_address(&shared_.p_full[p_.slot]), p_.phase);
       ptx::wgmma_fence();
@@ -49,13 +50,17 @@ class Consumer {
       if (is_last) take_rows();
       ptx::wgmma_wait<1>();
       release(shared_.pair_empty[first]);
+      if (is_last) break;
       ptx::wgmma_wait<0>();
-      release(shared_.pair_empty[second]);
-      release(shared_.rope_empty[p_.slot]);
-      if (is_last) release(shared_.rows_taken);
-      pair_ = pair_ + Traits::kPairsPerBlock;
-      p_ = p_ + 1;
+      release_rest(second);
     }
+  }
+  /// Waits for all of PV, and gives back the last block, if there is one.
+  __device__ __forceinline__ void finish(bool has_block) {
+    ptx::wgmma_wait<0>();  // in any case, or ptxas inserts waits of its own
+    if (!has_block) return;
+    release_rest((pair_ + (Traits::kPairsPerConsumer * warpgroup_ + 1)).slot);
+    release(shared_.rows_taken);
   }
 
   /// This warpgroup's columns of O, 128 and 128.
@@ -65,6 +70,14 @@ class Consumer {
 
  private:
   static_assert(Traits::kPairsPerConsumer == 2);
+
+  /// All that the block is in, but for its first pair.
+  __device__ __forceinline__ void release_rest(int second) {
+    release(shared_.pair_empty[second]);
+    release(shared_.rope_empty[p_.slot]);
+    pair_ = pair_ + Traits::kPairsPerBlock;
+    p_ = p_ + 1;
+  }
 
   /// Adds P V to 128 columns of O.
   __device__ __forceinline__ void issue_pv(float (&o)[64], int pair) const {

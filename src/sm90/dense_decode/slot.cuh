@@ -75,22 +75,28 @@ struct SlotTile {
   }
 };
 
-/// A scale and its inverse.
+/// What values of a row are multiplied with for float16: a power of 2.
 struct RowScale {
-  float scale;
   float inverse;
 
   /// `largest`: the largest magnitude of the values, NaN left out. Infinite only where a sum has overflowed, as
   /// an infinity in V is one in K, whose score is NaN or infinite; the scale is 1 then.
   __device__ __forceinline__ explicit RowScale(float largest) {
-    constexpr int kBias = 127;
-    constexpr int kTop = 14;        // scaled values are below 2^15
     constexpr int kMaxField = 250;  // so that both are normal numbers
     const int field = static_cast<int>(__float_as_uint(largest) >> 23);
     const int inverse_field = field == 255 ? kBias : min(kTop + 2 * kBias - field, kMaxField);
     inverse = __uint_as_float(inverse_field << 23);
-    scale = __uint_as_float((2 * kBias - inverse_field) << 23);
   }
+  /// What brings them back.
+  __device__ __forceinline__ float scale() const {
+    return __uint_as_float((2 * kBias << 23) - __float_as_uint(inverse));
+  }
+  /// Whether values of this magnitude fit.
+  __device__ __forceinline__ bool fits(float value) const { return value * inverse < (2 << kTop); }
+
+ private:
+  static constexpr int kBias = 127;
+  static constexpr int kTop = 14;  // scaled values are below 2^15
 };
 
 }  // namespace flash_mla::sm90
