@@ -185,6 +185,22 @@ def test_splits_of_values_of_many_sizes(torch: Any, num_heads_q: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 32, 128])
+@pytest.mark.parametrize("first_column", [0, 128])
+def test_splits_of_values_whose_columns_differ(torch: Any, num_heads_q: int, first_column: int) -> None:
+    """Columns are written a half at a time: what is larger in the second than in the first needs another scale."""
+    case = make_case(Spec((3000,), num_heads_q=num_heads_q), "cuda")
+    case.q[..., :HEAD_DIM_V] = 0
+    out, lse = decode(case)
+    factors = torch.ones(2, 256, device="cuda", dtype=out.dtype)
+    factors[:, first_column : first_column + 128] = 2.0**8
+    case.k_cache[..., :HEAD_DIM_V] *= factors.flatten()
+    scaled_out, scaled_lse = decode(case)
+    assert same_bits(scaled_lse, lse)
+    assert same_bits(scaled_out, out * factors.flatten())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("seqlen_q", [1, 2])
 def test_many_requests(torch: Any, seqlen_q: int) -> None:
     lengths = varied_lengths(4096, 100, seed=1)

@@ -13,9 +13,9 @@
 //           order that lets consumers write 16 bytes a thread and whole lines, Traits::unit_row and unit_column
 //   totals  (units, rows of a unit) Total, 16 bytes
 //
-// Scales of float16 are powers of 2 that bring the largest of a consumer's values of a row close to the largest of
-// float16. So a value is rounded to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the size of V;
-// bits are lost only of values below 2^-28 of that largest one.
+// Scales of float16 are powers of 2 that bring the largest of a consumer's values of a row to 2^10 at least, where
+// float16 ends at 2^16. So a value is rounded to 11 bits, where the result will have 8 (bfloat16) or 11, whatever the
+// size of V; bits are lost only of values below 2^-24 of that largest one.
 
 namespace flash_mla::sm90 {
 

@@ -36,7 +36,7 @@ struct ClusterStorage : NarrowStorage<Traits> {
 };
 
 /// Merges the pieces of a request whose CTAs are a cluster. Each CTA merges some chunks of O: the others copy theirs
-/// into its shared memory, rows first, so that weights are there before the values.
+/// into its shared memory. Rows go first, by the scorer, while PV goes on: so weights are there before the values.
 template <class Traits>
 class ClusterCombine {
   using Element = typename Traits::Element;
@@ -73,7 +73,7 @@ class ClusterCombine {
     ptx::bulk_copy_to_cta(values, ptx::shared_address(staging()) + to * bytes, bytes, barrier);
   }
 
-  /// Merges this CTA's chunks. By all consumer threads, with the streams merged.
+  /// Merges this CTA's chunks. By all consumer threads, when PV is done.
   __device__ __forceinline__ void run(Consumer& consumer, int warpgroup, int request) const {
     ptx::cluster_wait();  // not for long: all CTAs have begun
     stage(consumer, warpgroup);

@@ -14,7 +14,6 @@
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/grid.cuh"
 #include "sm90/ptx/memory.cuh"
-#include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/warp.cuh"

@@ -9,6 +9,7 @@
 #include "sm90/dense_decode_narrow/accumulator.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
+#include "sm90/primitives/ring.cuh"
 #include "sm90/primitives/softmax.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/math.cuh"

@@ -4,7 +4,6 @@
 
 #include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/traits.cuh"
-#include "sm90/primitives/ring.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -15,6 +14,7 @@ struct NarrowTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;
 
   static constexpr int kRows = kRows_;
+  /// All that there are at launch are enough for each.
   static constexpr int kConsumerRegisters = Base::kRegisters;
   static constexpr int kScorerRegisters = Base::kRegisters;
   static constexpr int kProducerRegisters = Base::kRegisters;
@@ -73,15 +73,7 @@ struct alignas(1024) NarrowStorage {
   std::uint64_t p_full[Traits::kNumSlots];
 };
 
-/// Named barriers; 0 is __syncthreads.
-enum NamedBarrier : int {
-  kScorerReady = 1,
-};
-
-/// Where block number `block` of all that the CTA loads lies.
-template <class Traits>
-__device__ __forceinline__ RingPosition<Traits::kNumSlots> ring_position_of_block(unsigned block) {
-  return {static_cast<int>(block % Traits::kNumSlots), block / Traits::kNumSlots & 1};
-}
+/// Named barrier of the scorer's threads; 0 is __syncthreads.
+constexpr int kScorerReady = 1;
 
 }  // namespace flash_mla::sm90

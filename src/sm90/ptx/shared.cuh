@@ -16,25 +16,9 @@ __device__ __forceinline__ void store_shared_v4(std::uint32_t address, std::uint
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-__device__ __forceinline__ void load_shared_v4(std::uint32_t address, std::uint32_t& a, std::uint32_t& b,
-                                               std::uint32_t& c, std::uint32_t& d) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-               : "r"(address)
-               : "memory");
-}
-
 __device__ __forceinline__ void store_shared_v4(std::uint32_t address, const float (&v)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
-}
-__device__ __forceinline__ float4 load_shared_v4(std::uint32_t address) {
-  float4 value;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
 }
 
 /// Orders this thread's ordinary accesses of shared memory before what the async proxy (wgmma, bulk copies) does with
