@@ -5,6 +5,7 @@
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_load.cuh"
+#include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/grid.cuh"
 #include "sm90/ptx/registers.cuh"

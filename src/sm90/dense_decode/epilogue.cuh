@@ -58,7 +58,7 @@ class Epilogue {
     write_row<0>(rows[0], half, o, row_sum[0]);
     write_row<1>(rows[8], half, o, row_sum[1]);
   }
-  /// By one of the consumers.
+  /// Both consumers call it, and the first one writes.
   __device__ __forceinline__ void write_lse(const RowCoordinate* rows, const float (&row_max)[kRowsPerThread],
                                             const float (&row_sum)[kRowsPerThread]) const {
     if (first_column_ != 0 || threadIdx.x % 4 != 0) return;
@@ -99,7 +99,7 @@ class Epilogue {
 
 /// Writes a consumer warpgroup's columns of O of a part of a request, not normalised, and the rows' totals. The first
 /// half of the columns while PV of the last block goes on with the second: it takes the scale that it needs, and some
-/// room for larger values of the second half.
+/// room for larger values of the second half. (What has overflowed to infinity there gets the largest scale.)
 template <class Traits>
 class PartialEpilogue {
  public:

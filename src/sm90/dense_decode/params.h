@@ -14,7 +14,7 @@ namespace flash_mla::sm90 {
 /// CTAs of a cluster that work a request: powers of 2, up to what every GPU can place and a chunk of O for each.
 constexpr int kMinClusterSize = 2;
 constexpr int kMaxClusterSize = 8;
-/// KV blocks of such a CTA at most: one for each consumer.
+/// KV blocks of such a CTA at most: one for each slot of the ring.
 constexpr int kClusterBlocksPerCta = 2;
 
 /// Words of a part for each tile of query rows and each KV head, two flags and a count: see combine.cuh.

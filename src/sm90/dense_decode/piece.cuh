@@ -27,7 +27,6 @@ struct Piece {
   int begin_block;
   int end_block;  // excluded; begin_block where the piece has no tokens
   bool is_whole;  // the request's only piece: its result is final
-  bool is_last;   // of the part
   int slot;       // where the result goes otherwise
 };
 
@@ -48,7 +47,6 @@ class PieceWalk {
     piece.end_block = min(end, static_cast<int>(scheduler::num_blocks(piece.seqlen_k)));
     piece.begin_block = min(begin, piece.end_block);
     piece.is_whole = begin == 0 && end == scheduler::kToEnd;
-    piece.is_last = request_ == last;
     piece.slot = 2 * part_idx_ + (begin == 0 ? 1 : 0);
     ++request_;
     return true;

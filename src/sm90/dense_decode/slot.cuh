@@ -19,9 +19,9 @@
 
 namespace flash_mla::sm90 {
 
-/// What is known of a unit's row before its values are written. It announces itself: 56 bits of the launch's token are
-/// in it, and its 16 bytes are read and written as one. It has one reader, who clears it, as a replayed graph launches
-/// with the same token.
+/// What is known of a unit's row before all of its values are written. It announces itself: 56 bits of the launch's
+/// token are in it, and its 16 bytes are read and written as one. It has one reader, who clears it, as a replayed graph
+/// launches with the same token.
 struct Total {
   float max;    // of the row's scores times softmax_scale_log2
   float sum;    // of exp2(score - max), 0 where the row saw no key
@@ -79,8 +79,8 @@ struct SlotTile {
 struct RowScale {
   float inverse;
 
-  /// `largest`: the largest magnitude of the values, NaN left out. Infinite only where a sum has overflowed, as
-  /// an infinity in V is one in K, whose score is NaN or infinite; the scale is 1 then.
+  /// `largest`: the largest magnitude of the values, NaN left out. The scale of an infinite one is 1. (Only a sum that
+  /// has overflowed is infinite: an infinity in V is one in K, whose score is NaN or infinite.)
   __device__ __forceinline__ explicit RowScale(float largest) {
     constexpr int kMaxField = 250;  // so that both are normal numbers
     const int field = static_cast<int>(__float_as_uint(largest) >> 23);

@@ -41,7 +41,7 @@ struct TileTraits {
   static constexpr int kSplitsWarp = kConsumerWarps + 3;
   /// A warpgroup of producers, and one that scores, come behind the consumers.
   static constexpr int kNumThreads = kConsumerThreads + 2 * kWarpgroupThreads;
-  static constexpr int kRegisters = 128;  // of a thread, at launch
+  static constexpr int kRegisters = 128;  // that a thread of so many can have at launch
 
   /// Chunks of Q that stay in shared memory, and which ones these are.
   static constexpr int kNumSharedQueryChunks = kNumChunks;

@@ -4,10 +4,11 @@
 
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
-#include "sm90/dense_decode_narrow/epilogue.cuh"
+#include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
+#include "sm90/primitives/softmax.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/math.cuh"
@@ -22,8 +23,8 @@ struct ClusterStorage : NarrowStorage<Traits> {
   float4 values[Traits::kRows * kHeadDimV / 4];
   float2 totals[Traits::kRows][kMaxClusterSize];  // maxima and sums of each piece
   float weights[kMaxClusterSize][Traits::kRows];  // what its values are multiplied with
-  std::uint64_t staged;         // an mbarrier for an arrival by each consumer thread: the own piece can be given
-  std::uint64_t weighed;        // for one by each consumer and scorer thread: it is there, and weights are
+  std::uint64_t staged;   // an mbarrier for an arrival by each consumer thread: the own piece can be given
+  std::uint64_t weighed;  // for one by each consumer and scorer thread: the own piece is staged, and weights are found
   std::uint64_t rows_received;  // ones for one arrival, with the bytes of all other pieces
   std::uint64_t values_received;
 
@@ -47,7 +48,7 @@ class ClusterCombine {
 
  public:
   static_assert(Traits::kOwnChunks * kChunkVectors * sizeof(float4) == 2 * Traits::kChunkBytes,
-                "what a consumer has for other CTAs fits chunks of V that only it reads: see staging");
+                "what a consumer has for other CTAs fits two chunks of V: see staging");
 
   __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared)
       : params_(params),
@@ -73,7 +74,7 @@ class ClusterCombine {
     ptx::bulk_copy_to_cta(values, ptx::shared_address(staging()) + to * bytes, bytes, barrier);
   }
 
-  /// Merges this CTA's chunks. By all consumer threads, when PV is done.
+  /// Merges this CTA's chunks. By all consumer threads, when all of PV on the first slot is done.
   __device__ __forceinline__ void run(Consumer& consumer, int warpgroup, int request) const {
     ptx::cluster_wait();  // not for long: all CTAs have begun
     stage(consumer, warpgroup);
@@ -118,7 +119,7 @@ class ClusterCombine {
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
     if (thread < Traits::kRows) shared_.totals[thread][ptx::cta_rank_in_cluster()] = total;
     __syncwarp();
-    ptx::named_barrier_sync(kScorerReady, Traits::kWarpgroupThreads);
+    ptx::named_barrier_sync(kScorerBarrier, Traits::kWarpgroupThreads);
     ptx::cluster_wait();
     give_rows(thread);
     find_weights(thread, request);
@@ -126,7 +127,8 @@ class ClusterCombine {
   }
 
  private:
-  /// 32 KB: the last two of the first consumer's chunks of V in the first slot, and the first two of the other's.
+  /// 32 KB: the last two of the first consumer's chunks of V in the first slot, and the first two of the other's. QK is
+  /// done with them, and no other consumer reads them.
   __device__ unsigned char* staging() const { return shared_.kv[0][1 + Traits::kOwnChunks - 2]; }
 
   __device__ __forceinline__ void stage(const Consumer& consumer, int warpgroup) const {

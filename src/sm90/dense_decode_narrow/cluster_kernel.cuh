@@ -3,8 +3,8 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode_narrow/cluster_combine.cuh"
-#include "sm90/dense_decode_narrow/epilogue.cuh"
 #include "sm90/dense_decode_narrow/kernel.cuh"
 #include "sm90/dense_decode_narrow/load.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
@@ -101,6 +101,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     if (has_blocks) {
       consumer.run(piece);
       consumer.finish(true);
+      // All warps are done with the first slot, over which O is laid: a warp's own wait is for its own wgmmas.
+      ptx::mbarrier_wait(ptx::shared_address(&shared.kv_empty[0]), 0);
     } else {
       Kernel::drop_known_query(shared);
     }

@@ -38,12 +38,12 @@ class NarrowProducer {
 
   /// The part's only piece, which has no more blocks than the ring holds: its slots are fresh, and not waited for.
   __device__ __forceinline__ void load_into_fresh_slots(const Piece& piece, int head_k) {
-    const BlockPages second = look_up(piece, piece.begin_block + 1);
+    const BlockPages next_pages = look_up(piece, piece.begin_block + 1);
     BlockPages pages = look_up(piece, piece.begin_block);
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       load_whole_block(block, pages.first, head_k);
-      pages = second;
+      pages = next_pages;
       at_ = at_ + 1;
     }
   }

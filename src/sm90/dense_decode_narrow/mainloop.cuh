@@ -37,7 +37,7 @@ class NarrowConsumer {
 #pragma unroll 1
     for (int block = piece.begin_block;; ++block) {
       ptx::mbarrier_wait(ptx::shared_address(&shared_.p_full[at_.slot]), at_.phase);
-      if (__any_sync(~0U, block > piece.begin_block && shared_.rescales[at_.slot] != 0)) rescale_o();
+      if (__any_sync(~0U, block > piece.begin_block && shared_.must_rescale[at_.slot] != 0)) rescale_o();
       ptx::wgmma_fence();
       issue_pv();
       if (block == piece.end_block - 1) break;

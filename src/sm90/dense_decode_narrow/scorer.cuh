@@ -67,11 +67,11 @@ class NarrowScorer {
     if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
   }
 
-  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(kScorerReady, Traits::kWarpgroupThreads); }
+  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(kScorerBarrier, Traits::kWarpgroupThreads); }
 
   /// Waits for all threads of the scorer, too. The second vote tells ptxas that lanes agree: it serialises wgmma else.
   __device__ __forceinline__ bool any(bool value) const {
-    return __any_sync(~0U, ptx::named_barrier_any(kScorerReady, Traits::kWarpgroupThreads, value));
+    return __any_sync(~0U, ptx::named_barrier_any(kScorerBarrier, Traits::kWarpgroupThreads, value));
   }
 
   __device__ __forceinline__ void issue_qk() {
@@ -104,7 +104,7 @@ class NarrowScorer {
       if (looks || !any(is_large)) break;
     }
     ptx::fence_proxy_async();
-    if (threadIdx.x % Traits::kWarpgroupThreads == 0) shared_.rescales[at_.slot] = looks;
+    if (threadIdx.x % Traits::kWarpgroupThreads == 0) shared_.must_rescale[at_.slot] = looks;
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) row_sum_[k] += sum[k];
   }

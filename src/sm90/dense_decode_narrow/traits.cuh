@@ -14,7 +14,7 @@ struct NarrowTraits : TileTraits<Element> {
   using Base = TileTraits<Element>;
 
   static constexpr int kRows = kRows_;
-  /// All that there are at launch are enough for each.
+  /// No role needs more than a thread has at launch, so none are moved.
   static constexpr int kConsumerRegisters = Base::kRegisters;
   static constexpr int kScorerRegisters = Base::kRegisters;
   static constexpr int kProducerRegisters = Base::kRegisters;
@@ -57,7 +57,7 @@ struct alignas(1024) NarrowStorage {
   /// For the block of a slot: maxima of the scorer's warps, whether O must be rescaled before P is taken, and by what.
   float warp_max[Traits::kNumSlots][Traits::kWarpgroupWarps][Traits::kRows];
   float rescale[Traits::kNumSlots][Traits::kRows];
-  int rescales[Traits::kNumSlots];
+  int must_rescale[Traits::kNumSlots];
   float4 warp_sums[Traits::kRows];  // at the end of a piece, of the scorer's four warps
   float row_max[Traits::kRows];
   float row_sum[Traits::kRows];  // of a whole request
@@ -74,6 +74,6 @@ struct alignas(1024) NarrowStorage {
 };
 
 /// Named barrier of the scorer's threads; 0 is __syncthreads.
-constexpr int kScorerReady = 1;
+constexpr int kScorerBarrier = 1;
 
 }  // namespace flash_mla::sm90
