@@ -8,6 +8,7 @@
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/softmax.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -214,7 +215,7 @@ class Combine {
       }
     }
     __syncwarp();
-    if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&seen));
+    arrive_of_warp(seen);
   }
 
   /// Brings the totals of the slice's rows, as they come, into shared memory. By the threads that weigh.

@@ -4,6 +4,7 @@
 
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/ring.cuh"
 #include "sm90/primitives/softmax.cuh"
@@ -49,7 +50,7 @@ class Consumer {
       const bool is_last = block == piece.end_block - 1;
       if (is_last) take_rows();
       ptx::wgmma_wait<1>();
-      release(shared_.pair_empty[first]);
+      arrive_of_warp(shared_.pair_empty[first]);
       if (is_last) break;
       ptx::wgmma_wait<0>();
       release_rest(second);
@@ -60,7 +61,7 @@ class Consumer {
     ptx::wgmma_wait<0>();  // in any case, or ptxas inserts waits of its own
     if (!has_block) return;
     release_rest((pair_ + (Traits::kPairsPerConsumer * warpgroup_ + 1)).slot);
-    release(shared_.rows_taken);
+    arrive_of_warp(shared_.rows_taken);
   }
 
   /// This warpgroup's columns of O, 128 and 128.
@@ -73,8 +74,8 @@ class Consumer {
 
   /// All that the block is in, but for its first pair.
   __device__ __forceinline__ void release_rest(int second) {
-    release(shared_.pair_empty[second]);
-    release(shared_.rope_empty[p_.slot]);
+    arrive_of_warp(shared_.pair_empty[second]);
+    arrive_of_warp(shared_.rope_empty[p_.slot]);
     pair_ = pair_ + Traits::kPairsPerBlock;
     p_ = p_ + 1;
   }
@@ -109,11 +110,6 @@ class Consumer {
       row_max[r] = shared_.row_max[row_ + 8 * r];
       row_sum[r] = shared_.row_sum[row_ + 8 * r];
     }
-  }
-
-  /// This warp is done with what the barrier guards.
-  __device__ __forceinline__ static void release(std::uint64_t& barrier) {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
   }
 
   SharedStorage<Traits>& shared_;

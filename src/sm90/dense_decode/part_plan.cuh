@@ -5,6 +5,7 @@
 #include "scheduler/small_plan.cuh"
 #include "scheduler/warp_plan.cuh"
 #include "sm90/dense_decode/params.h"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -186,7 +187,7 @@ __device__ inline void find_splits(const DenseDecodeParams& params, int part_idx
       if (threadIdx.x % 32 == 0) plan.splits[i] = split;
     }
   }
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&plan.splits_ready));
+  arrive_of_warp(plan.splits_ready);
 }
 
 }  // namespace flash_mla::sm90

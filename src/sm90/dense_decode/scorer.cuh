@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/ring.cuh"
 #include "sm90/primitives/softmax.cuh"
@@ -54,10 +55,10 @@ class Scorer {
       rope_ = rope_ + 1;
       has_rope = ptx::mbarrier_test(ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
       ptx::wgmma_wait<0>();
-      arrive(shared_.qk_done);
+      arrive_of_warp(shared_.qk_done);
       if (is_first || is_last || block >= first_masked_block) {  // one branch for the usual block
         if (is_first) give_back_query();
-        if (is_last) arrive(shared_.q_empty);
+        if (is_last) arrive_of_warp(shared_.q_empty);
         if (block >= first_masked_block) mask(block * Traits::kBlockN, piece.seqlen_k);
         __syncwarp();
       }
@@ -70,13 +71,6 @@ class Scorer {
   }
 
  private:
-  __device__ static int lane() { return threadIdx.x % 32; }
-
-  /// For a warp.
-  __device__ __forceinline__ static void arrive(std::uint64_t& barrier) {
-    if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
-  }
-
   /// Where this lane points ldmatrix or stmatrix for the first 16 columns of its warp's 16 rows of a swizzled tile; for
   /// columns 16 `step` to 16 `step` + 15, at(step) of that. Made anew where it is used: registers are too few.
   __device__ __forceinline__ static std::uint32_t first_matrix(const unsigned char* tile) {
@@ -111,7 +105,7 @@ class Scorer {
     __syncwarp();
 #pragma unroll
     for (int i = 1; i <= Traits::kNumRegisterPairs; ++i) {
-      arrive(shared_.pair_empty[pair_.slot_before(Traits::kPairsPerBlock + i)]);
+      arrive_of_warp(shared_.pair_empty[pair_.slot_before(Traits::kPairsPerBlock + i)]);
     }
   }
 

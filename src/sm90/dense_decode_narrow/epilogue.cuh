@@ -10,6 +10,7 @@
 #include "sm90/dense_decode_narrow/accumulator.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
@@ -121,7 +122,7 @@ class NarrowEpilogue {
       inverse[k] = has_blocks ? inverse_sum(shared_.row_sum[Accumulator::row_at(k)]) : 0.0F;
     }
     __syncwarp();
-    if (has_blocks && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.sums_empty));
+    if (has_blocks) arrive_of_warp(shared_.sums_empty);
   }
 
   const DenseDecodeParams& params_;

@@ -5,6 +5,7 @@
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode_narrow/accumulator.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/ring.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -49,7 +50,7 @@ class NarrowConsumer {
   __device__ __forceinline__ void finish(bool has_block) {
     ptx::wgmma_wait<0>();  // in any case, or ptxas inserts waits of its own
     if (!has_block) return;
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.kv_empty[at_.slot]));
+    arrive_of_warp(shared_.kv_empty[at_.slot]);
     at_ = at_ + 1;
   }
 

@@ -48,7 +48,7 @@ class NarrowScorer {
       ptx::wgmma_fence();
       issue_qk();
       ptx::wgmma_wait<0>();
-      if (block == piece.end_block - 1) arrive(shared_.q_empty);
+      if (block == piece.end_block - 1 && lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
       if ((block + 1) * Traits::kBlockN > min_limit) mask(piece.seqlen_k, block * Traits::kBlockN);
       soften(block == piece.begin_block);
       ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[at_.slot]));
@@ -61,11 +61,6 @@ class NarrowScorer {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x % Traits::kWarpgroupThreads / 32; }
-
-  /// For a warp.
-  __device__ __forceinline__ static void arrive(std::uint64_t& barrier) {
-    if (lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
-  }
 
   __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(kScorerBarrier, Traits::kWarpgroupThreads); }
 
