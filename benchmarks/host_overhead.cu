@@ -118,10 +118,6 @@ void measure_launches(cudaStream_t stream) {
                               cuda::Overlap::kWithPrevious);
     launch(empty_kernel, params);
   });
-  measure("bare launch: cudaLaunchKernelExC, cooperative", [&] {
-    cuda::Launch("empty_kernel", dim3(1), dim3(kThreads), kSharedBytes, stream, cuda::Overlap::kWithPrevious)
-        .all_resident(empty_kernel, params);
-  });
   cudaFunction_t function = nullptr;
   cuda::check(cudaGetFuncBySymbol(&function, reinterpret_cast<const void*>(empty_kernel)), "cudaGetFuncBySymbol");
   const DriverLaunch launch_function(function, stream);

@@ -22,7 +22,7 @@ namespace {
 
 constexpr std::size_t kWorkspaceAlignment = 16;
 constexpr int kChunkColumns = 64;  // 128 bytes: the swizzle's row
-constexpr int kMaxSmallBatch = 16;
+constexpr int kMaxShortPart = 4;   // blocks
 constexpr float kLog2E = 1.44269504088896340736F;
 
 /// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
@@ -175,12 +175,13 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.box_tokens = static_cast<int>(std::min<std::int64_t>(shape.page_size, scheduler::kBlockN));
   params.k_cache_map = make_k_cache_map(args.k_cache, params.box_tokens, args.q.data);
   params.max_seqlen_k = static_cast<int>(max_seqlen_k(shape));
+  params.num_parts = work.num_parts;
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
-  params.shares_kv = params.tiling.num_tiles > 1 && params.batch_size > kMaxSmallBatch;
+  const std::int64_t max_blocks = shape.batch_size * scheduler::num_blocks(params.max_seqlen_k);
+  params.shares_kv = params.tiling.num_tiles > 1 && max_blocks > std::int64_t{kMaxShortPart} * params.num_parts;
   params.cluster_size = work.cluster_size;
-  params.num_parts = work.num_parts;
   params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;
   params.causal = args.causal;

@@ -43,21 +43,8 @@ class Launch {
   /// CUDA copies the arguments once, from where they are.
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) const {
-    check(launch(kernel, arguments...), name_);
-  }
-
-  /// A cooperative launch: all CTAs are resident at the same time, so that they may wait for each other. False, and
-  /// nothing launched, where the stream's SMs do not hold them.
-  template <class... Parameters>
-  bool all_resident(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) && {
-    add(cudaLaunchAttributeCooperative).cooperative = 1;
-    const cudaError_t status = launch(kernel, arguments...);
-    if (status == cudaErrorCooperativeLaunchTooLarge) {
-      (void)cudaGetLastError();
-      return false;
-    }
-    check(status, name_);
-    return true;
+    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    check(cudaLaunchKernelExC(&config_, reinterpret_cast<const void*>(kernel), addresses), name_);
   }
 
   /// How many of its clusters run at once on the current device. 0 where CUDA can't say.
@@ -75,15 +62,9 @@ class Launch {
     return attribute.val;
   }
 
-  template <class... Parameters>
-  cudaError_t launch(void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) const {
-    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    return cudaLaunchKernelExC(&config_, reinterpret_cast<const void*>(kernel), addresses);
-  }
-
   const char* name_;
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute attributes_[3]{};
+  cudaLaunchAttribute attributes_[2]{};
 };
 
 /// Lets a kernel have more dynamic shared memory than by default, on each device that it is launched on.

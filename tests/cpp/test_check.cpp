@@ -336,7 +336,7 @@ TEST(MaxWorkspaceSize, AsksForNoDevice) {
   // 2 KV heads of 128 rows: 4 CTAs a part. 144 SMs take 36 parts, and their plan lies in the workspace.
   // A tile of 64 rows has values in float16, and 16 bytes for each row of two consumers.
   const std::size_t tile = 64 * 512 * sizeof(std::uint16_t) + std::size_t{64} * 2 * 16;
-  EXPECT_EQ(unplanned, 36 * 32 + 4 * 3 * 36 * sizeof(std::uint64_t) + std::size_t{2} * 36 * 4 * tile);
+  EXPECT_EQ(unplanned, 36 * 32 + 4 * 5 * 36 * sizeof(std::uint64_t) + std::size_t{2} * 36 * 4 * tile);
 }
 
 TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "busy_sms.h"
 #include "flash_mla/flash_mla.h"
 #include "on_device.h"
 
@@ -197,12 +198,12 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
 }
 
 /// What says that a piece is there, or a row's total. If it stays, it tells so to a replayed graph too, which has the
-/// same token. Flags are the workspace's first words where a plan is given: of each tile two for each part, and a count
-/// for each part. Slots follow, in each of which a tile has values, then totals of two words, the second with the
-/// token.
+/// same token. Flags are the workspace's first words where a plan is given: of each tile two for each part, whether its
+/// CTA runs, a count, and how its request is merged. Slots follow, in each of which a tile has values, then totals of
+/// two words, the second with the token.
 TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
   const int batch_of_all = static_cast<int>(kSeqlens.size());
-  constexpr int kManyParts = 160;  // more CTAs than SMs: some compute and others merge
+  constexpr int kManyParts = 160;  // more CTAs than SMs: not all run at the same time
   struct Case {
     int num_heads_q;
     int batch;
@@ -248,20 +249,75 @@ TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
     const std::int64_t totals = rows * 2;                           // of a tile: of each row for each consumer
     const std::int64_t values = rows * 512 / (rows == 64 ? 4 : 2);  // words: float16, float32
     const std::int64_t tile_words = values + 2 * totals;
-    const std::int64_t slots = (tiles * 3 * parts + 15) / 16 * 16;  // they begin at a line
+    const std::int64_t slots = (tiles * 5 * parts + 15) / 16 * 16;  // they begin at a line
     ASSERT_EQ(static_cast<std::int64_t>(size / 8), slots + 2 * parts * tiles * tile_words);
     for (int launch = 0; launch < 10; ++launch) {
       dense_decode(args, workspace.data(), size, nullptr);
       ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
       const std::vector<std::uint64_t> words = workspace.to_host();
+      for (std::int64_t word = 0; word < 5 * parts * tiles; ++word) {
+        const bool is_count = word / parts % 5 == 3;
+        ASSERT_TRUE(is_count || words[word] == 0) << "launch " << launch << ", word " << word;
+      }
       for (std::int64_t slot = 0; slot < 2 * parts * tiles; ++slot) {
-        ASSERT_EQ(words[slot / (2 * parts) * 3 * parts + slot % (2 * parts)], 0U)
-            << "launch " << launch << ", flag " << slot;
         const std::int64_t end = slots + (slot + 1) * tile_words;
         for (std::int64_t total = 0; total < totals; ++total) {
           ASSERT_EQ(words[end - 2 * total - 1], 0U) << "launch " << launch << ", slot " << slot << ", total " << total;
         }
       }
+    }
+  }
+}
+
+/// CTAs that share a request wait for each other only if all of them run. Not a DenseDecodeGpu: a tool that runs one
+/// kernel at a time would wait for ever.
+class DenseDecodeOnBusyGpu : public DenseDecodeGpu {};
+
+TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
+  int num_sms = 0;
+  ASSERT_EQ(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), cudaSuccess);
+  for (const int num_heads_q : {16, 32, 128}) {
+    for (const int batch : {1, static_cast<int>(kSeqlens.size())}) {
+      SCOPED_TRACE(std::to_string(num_heads_q) + " heads, batch " + std::to_string(batch));
+      const HostCase host(Extents{num_heads_q, 1, 64, false});
+      DeviceCase device(host);
+      for (Tensor* tensor :
+           {&device.args.q, &device.args.block_table, &device.args.cache_seqlens, &device.args.out, &device.args.lse}) {
+        tensor->shape[0] = batch;
+      }
+      const std::size_t size = dense_decode_workspace_size(device.args);
+      const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
+      cudaStream_t stream = nullptr;
+      ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+      // Replayed, so that what a launch leaves in the workspace meets one with the same token.
+      cudaGraph_t graph = nullptr;
+      cudaGraphExec_t call = nullptr;
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+      dense_decode(device.args, workspace.data(), size, stream);
+      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      ASSERT_EQ(cudaGraphInstantiate(&call, graph, 0), cudaSuccess);
+      std::vector<std::uint16_t> out;
+      std::vector<float> lse;
+      for (const int num_busy : {0, 1, num_sms / 2, 0, num_sms - 1, num_sms / 3, 0}) {
+        SCOPED_TRACE(std::to_string(num_busy) + " SMs are busy");
+        ASSERT_EQ(cudaMemset(device.out.data(), 0xff, host.out.size() * sizeof(host.out[0])), cudaSuccess);
+        ASSERT_EQ(cudaMemset(device.lse.data(), 0xff, host.lse.size() * sizeof(host.lse[0])), cudaSuccess);
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        {
+          const BusySms busy(num_busy);
+          for (int replay = 0; replay < 3; ++replay) ASSERT_EQ(cudaGraphLaunch(call, stream), cudaSuccess);
+          ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+        }
+        if (out.empty()) {
+          out = device.out.to_host();
+          lse = device.lse.to_host();
+        }
+        ASSERT_EQ(device.out.to_host(), out);
+        ASSERT_EQ(std::memcmp(device.lse.to_host().data(), lse.data(), lse.size() * sizeof(lse[0])), 0);
+      }
+      ASSERT_EQ(cudaGraphExecDestroy(call), cudaSuccess);
+      ASSERT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+      ASSERT_EQ(cudaStreamDestroy(stream), cudaSuccess);
     }
   }
 }

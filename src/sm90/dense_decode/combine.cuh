@@ -7,6 +7,7 @@
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/slot.cuh"
+#include "sm90/dense_decode/split_group.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -18,59 +19,9 @@
 #include "sm90/ptx/shared.cuh"
 
 // Merging the pieces of a split request, within the decode kernel. Parts merge a slice of the tile each: see
-// SplitRequest. Who may wait for whom: see launch.cuh.
+// SplitRequest. Who may wait for whom: see split_group.cuh.
 
 namespace flash_mla::sm90 {
-
-/// The flags of one tile of one KV head. A flag holds the launch's token once its piece's values are in the workspace.
-/// Tokens are unique among launches, but a replayed graph launches with the same one again: so the last reader of a
-/// request's flags clears them.
-struct TileFlags {
-  std::uint64_t* flags;    // (2 * num_parts,): one for each slot
-  std::uint64_t* readers;  // (num_parts,): CTAs that have seen all flags of the request that the part begins
-
-  __device__ TileFlags(const DenseDecodeParams& params, int tile) {
-    flags = params.flags + static_cast<std::int64_t>(tile) * kWordsPerPart * params.num_parts;
-    readers = flags + 2 * params.num_parts;
-  }
-  /// By one thread, after all threads of the piece have written and synchronised, and with the splits found. Only where
-  /// somebody reads the flag, and so clears it: one that stays up would tell a replayed graph that the piece is there.
-  __device__ void publish(const DenseDecodeParams& params, const PartPlan& plan, int slot) const {
-    if (!plan.is_read(slot)) return;
-    if (slot % 2 == 1) readers[slot / 2] = 0;  // a slot of a first piece
-    ptx::store_release(&flags[slot], params.token);
-  }
-};
-
-/// Tells the others which pieces of split requests are in the workspace. By one thread, while the consumers go on.
-__device__ inline void publish_pieces(const DenseDecodeParams& params, const TileFlags& flags, PartPlan& plan,
-                                      int part_idx) {
-  PieceWalk walk(params, plan.part, part_idx);
-  Piece piece;
-  while (walk.next(piece)) {
-    if (piece.is_whole) continue;
-    ptx::mbarrier_wait(ptx::shared_address(&plan.piece_written[piece.slot % 2]), 0);
-    flags.publish(params, plan, piece.slot);
-  }
-}
-
-/// Clears the flags of the part's splits, where this CTA is the last to have seen all of one's. By one warp, beside the
-/// consumers that merge.
-__device__ inline void clear_flags(const TileFlags& flags, const PartPlan& plan, MergeBarriers& barriers) {
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    const SplitRequest& split = plan.splits[i];
-    if (split.num_pieces == 0) continue;
-    ptx::mbarrier_wait(ptx::shared_address(&barriers.seen[i]), 0);
-    // The loads of the flags were acquires, so nothing need be released. One was of the first piece's, before which the
-    // count was reset.
-    std::uint64_t readers = 0;
-    if (threadIdx.x % 32 == 0) readers = ptx::atomic_add(&flags.readers[split.first_part], 1);
-    if (static_cast<int>(__shfl_sync(~0U, readers, 0)) + 1 < split.num_slices) continue;
-#pragma unroll 1
-    for (int piece = threadIdx.x % 32; piece < split.num_pieces; piece += 32) flags.flags[split.slot(piece)] = 0;
-  }
-}
 
 /// Merges one slice of a split request's tile. By all consumer threads. Half of their warps take the totals of the
 /// slice's rows, as these announce themselves, and find weights, before the values are there. The other half's lanes
@@ -143,7 +94,8 @@ class Combine {
         gathered_(ptx::shared_address(&barriers.gathered)),
         loaded_(ptx::shared_address(&barriers.loaded)) {}
 
-  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, std::uint64_t& seen) {
+  /// `is_last`: of the slices of this request that the CTA merges, after which it looks at no flag any more.
+  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, bool is_last, std::uint64_t& seen) {
     const Slice slice(slice_idx, split.num_slices);
     const int n = split.num_pieces;
     const int num_rows = slice.count * Slot::kRowsOfUnit;
@@ -163,7 +115,8 @@ class Combine {
       for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * kLoadingWarps) {
         place(split.request, slice, row);
       }
-      load(split, slice, seen);
+      load(split, slice);
+      if (is_last) arrive_of_warp(seen);
     }
     sync();
     if (warp() == kLastWarp) write_lse(num_rows);
@@ -194,7 +147,7 @@ class Combine {
 
   /// Waits for some of the pieces, a lane for each, and brings their share of the slice. A warp's pieces follow one
   /// another, so that it asks for one line for eight flags and not for one each: all CTAs of a tile ask for the same.
-  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice, std::uint64_t& seen) const {
+  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice) const {
     const int of_warp = (split.num_pieces + kLoadingWarps - 1) / kLoadingWarps;
     const int begin = (warp() - kWeighingWarps) * of_warp;
     const int end = min(begin + of_warp, split.num_pieces);
@@ -205,7 +158,7 @@ class Combine {
       const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
       const unsigned char* const from = slot.values(slice.first);
       const std::uint32_t to = ptx::shared_address(values_) + piece * bytes;
-      const std::uint64_t* const flag = &flags().flags[split.slot(piece)];
+      const std::uint64_t* const flag = flags().written(split.slot(piece));
       // All lanes together: those that wait must not hold back the copies of the others.
       for (bool waits = piece < end; __any_sync(~0U, waits);) {
         if (!waits || ptx::load_acquire(flag) != params_.token) continue;
@@ -215,7 +168,6 @@ class Combine {
       }
     }
     __syncwarp();
-    arrive_of_warp(seen);
   }
 
   /// Brings the totals of the slice's rows, as they come, into shared memory. By the threads that weigh.
@@ -369,17 +321,23 @@ class Combine {
   std::uint32_t loaded_phase_ = 0;
 };
 
-/// Merges the part's slices of split requests, which find_splits has found meanwhile. By all consumer threads, when the
+/// Merges the part's slices of split requests, which a warp has found meanwhile. By all consumer threads, when the
 /// part's pieces are done.
 template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
-                                             int head_k, int part_idx) {
+                                             int head_k) {
   Combine<Traits> combine(params, tile, head_k, reinterpret_cast<unsigned char*>(&shared), shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     const SplitRequest split = shared.plan.splits[i];
-    if (split.num_pieces > 0) combine.run(split, part_idx - split.first_part, shared.merge_barriers.seen[i]);
+    if (split.num_pieces == 0) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.plan.slices_known[i]), 0);
+    const SliceRange slices = shared.plan.slices[i];
+#pragma unroll 1
+    for (int slice = slices.begin; slice < slices.end; ++slice) {
+      combine.run(split, slice, slice == slices.end - 1, shared.merge_barriers.seen[i]);
+    }
   }
 }
 

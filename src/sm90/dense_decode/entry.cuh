@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
+#include "sm90/dense_decode/split_group.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/grid.cuh"
 #include "sm90/ptx/registers.cuh"
@@ -16,8 +17,7 @@
 namespace flash_mla::sm90 {
 
 /// The entry of all decode kernels but that of clusters. Grid: (tiles of query rows, KV heads, parts); neighbours read
-/// the same KV. Two consumer warpgroups, one of warps that load and plan, and one that scores. Where CTAs may not wait
-/// for each other, as many again come behind them and merge split requests (launch.cuh).
+/// the same KV. Two consumer warpgroups, one of warps that load and plan, and one that scores.
 ///
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
 /// init_query and load_known_query, by a thread of the query warp, and drop_known_query; consume, by the consumer
@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   const int warpgroup = __shfl_sync(~0U, threadIdx.x / Traits::kWarpgroupThreads, 0);
   const int head_k = blockIdx.y;
   const QueryTile tile(params.tiling, blockIdx.x);
+  const TileFlags flags(params, tile.index(params.tiling, head_k));
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&params.q_map);
@@ -45,39 +46,30 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   __syncwarp();
   ptx::wait_for_previous_grids();
   if (!params.shares_kv) ptx::launch_dependents();
-  if (issues_query && has_known_query(params) && CtaRole(params).computes) {
-    Kernel::load_known_query(params, shared, tile, head_k, 0);
-  }
+  if (issues_query && has_known_query(params)) Kernel::load_known_query(params, shared, tile, head_k, 0);
   if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
-  if (threadIdx.x / 32 == Traits::kTablesWarp) prefetch_tables(params, CtaRole(params).part_idx);
-  if (threadIdx.x / 32 == Traits::kConsumerWarps) plan_part(params, CtaRole(params).part_idx, shared.plan);
+  if (threadIdx.x == 32 * Traits::kSplitsWarp) flags.raise(flags.begun(ptx::cta_z()));
+  if (threadIdx.x / 32 == Traits::kTablesWarp) prefetch_tables(params, ptx::cta_z());
+  if (threadIdx.x / 32 == Traits::kConsumerWarps) plan_part(params, ptx::cta_z(), shared.plan);
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
     ptx::set_registers<Traits::kRegisters, Traits::kProducerRegisters>();
-    const CtaRole role(params);
+    const int part_idx = ptx::cta_z();
     const int warp = threadIdx.x / 32 - Traits::kConsumerWarps;
-    Kernel::produce(params, shared, tile, head_k, role, warp);
+    Kernel::produce(params, shared, tile, head_k, part_idx, warp);
     if (threadIdx.x / 32 == Traits::kSplitsWarp) {
-      if (role.computes && has_known_query(params) && !has_blocks(params, shared.plan.part, role.part_idx)) {
-        Kernel::drop_known_query(shared);
-      }
-      find_splits(params, role.part_idx, shared.plan);
-      const TileFlags flags(params, tile.index(params.tiling, head_k));
-      if (role.computes && threadIdx.x % 32 == 0) {
-        publish_pieces(params, flags, shared.plan, role.part_idx);
-      }
-      __syncwarp();
-      if (role.merges) clear_flags(flags, shared.plan, shared.merge_barriers);
+      if (has_known_query(params) && !has_blocks(params, shared.plan.part, part_idx)) Kernel::drop_known_query(shared);
+      find_splits(params, part_idx, shared.plan);
+      share_splits(params, flags, shared.plan, part_idx);
+      clear_flags(flags, shared.plan, shared.merge_barriers, part_idx);
     }
   } else if (warpgroup < Traits::kNumConsumers) {
     ptx::set_registers<Traits::kRegisters, Traits::kConsumerRegisters>();
-    if (const CtaRole role(params); role.computes) {
-      Kernel::consume(params, shared, tile, head_k, role.part_idx, warpgroup);
-    }
-    if (const CtaRole role(params); role.merges) merge_splits<Traits>(params, shared, tile, head_k, role.part_idx);
+    Kernel::consume(params, shared, tile, head_k, ptx::cta_z(), warpgroup);
+    merge_splits<Traits>(params, shared, tile, head_k);
   } else {
     ptx::set_registers<Traits::kRegisters, Traits::kScorerRegisters>();
-    if (const CtaRole role(params); role.computes) Kernel::score(params, shared, tile, head_k, role.part_idx);
+    Kernel::score(params, shared, tile, head_k, ptx::cta_z());
   }
 }
 

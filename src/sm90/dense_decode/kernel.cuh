@@ -104,13 +104,12 @@ struct DenseDecodeKernel {
 
   /// The producers' walk over them: the first warp loads KV, the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
-                                                 const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
-    if (!role.computes) return;
+                                                 const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, role.part_idx);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, role.part_idx);
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
-      QueryProducer<Traits>(params, shared, tile, head_k).load_all(role.part_idx);
+      QueryProducer<Traits>(params, shared, tile, head_k).load_all(part_idx);
     }
   }
 

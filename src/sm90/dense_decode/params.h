@@ -17,8 +17,8 @@ constexpr int kMaxClusterSize = 8;
 /// KV blocks of such a CTA at most: one for each slot of the ring.
 constexpr int kClusterBlocksPerCta = 2;
 
-/// Words of a part for each tile of query rows and each KV head, two flags and a count: see combine.cuh.
-constexpr int kWordsPerPart = 3;
+/// Words of a part for each tile of query rows and each KV head: see TileFlags in split_group.cuh.
+constexpr int kWordsPerPart = 5;
 
 /// Consumer warpgroups of a CTA. Each has half of O's columns, in tiles of any number of rows.
 constexpr int kNumConsumers = 2;
@@ -50,8 +50,9 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
-  /// Whether several tiles of a large batch read the same KV. The next grid then does not start while this one ends: it
-  /// would be placed on SMs as they come free, which scatters the CTAs of one KV and cost 3 %.
+  /// Whether several tiles read the same KV, in long parts. Then a grid begins on an idle GPU, where neighbours in the
+  /// grid are neighbours, whose loads of the same lines become one. Placed on SMs as the grid before leaves them, the
+  /// tiles of one KV would be far from each other.
   bool shares_kv;
 
   /// CTAs that work a request and a tile together, as a cluster, without a plan; 0: there is a plan.

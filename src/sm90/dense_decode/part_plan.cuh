@@ -31,7 +31,8 @@ struct MergeBarriers {
   std::uint64_t met;       // for an arrival by each consumer thread
   std::uint64_t gathered;  // for one by each of those that weigh
   std::uint64_t loaded;    // for one arrival, with the bytes that are loaded
-  std::uint64_t seen[2];   // of each split, for one by each consumer warp that loads: it has seen its pieces' flags
+  std::uint64_t
+      seen[2];  // of each split, for one by each consumer warp that loads: it has seen all flags that it needs
 
   /// Half of the consumers weigh, and half load.
   __device__ void init(int num_consumer_threads) {
@@ -40,6 +41,12 @@ struct MergeBarriers {
     ptx::mbarrier_init(ptx::shared_address(&loaded), 1);
     for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32);
   }
+};
+
+/// Slices of a split request that a CTA merges.
+struct SliceRange {
+  int begin;
+  int end;  // excluded
 };
 
 /// In shared memory.
@@ -51,6 +58,8 @@ struct PartPlan {
   std::uint64_t splits_ready;  // an mbarrier for one arrival
   /// One for an arrival by each consumer thread: the piece of each split is in the workspace, if somebody reads it.
   std::uint64_t piece_written[2];
+  SliceRange slices[2];
+  std::uint64_t slices_known[2];  // for one arrival
 
   /// Whether the piece that goes to a slot is read by somebody. Known once splits are ready. One that nobody reads must
   /// not be announced: what stays up would tell a replayed graph that the piece is there.
@@ -64,6 +73,7 @@ struct PartPlan {
 __device__ __forceinline__ void init_plan(PartPlan& plan, int num_consumer_threads) {
   ptx::mbarrier_init(ptx::shared_address(&plan.splits_ready), 1);
   for (auto& barrier : plan.piece_written) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads);
+  for (auto& barrier : plan.slices_known) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
 }
 
 __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {

@@ -1,24 +1,8 @@
 #pragma once
 
 #include "sm90/dense_decode/params.h"
-#include "sm90/ptx/grid.cuh"
 
 namespace flash_mla::sm90 {
-
-/// What a CTA does for which part. A grid of one CTA a part does both; of two, the first half computes and the second
-/// merges. Made anew where it is used: registers are too few to keep it.
-struct CtaRole {
-  int part_idx;
-  bool computes;
-  bool merges;
-
-  __device__ __forceinline__ explicit CtaRole(const DenseDecodeParams& params) {
-    const int idx = ptx::cta_z();
-    computes = idx < params.num_parts;
-    merges = static_cast<int>(gridDim.z) == params.num_parts || !computes;
-    part_idx = computes ? idx : idx - params.num_parts;
-  }
-};
 
 /// A contiguous range of one request's KV blocks, worked by one CTA.
 struct Piece {

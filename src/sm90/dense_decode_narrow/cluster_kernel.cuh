@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   __syncwarp();
   __syncthreads();
   if (warpgroup == Traits::kNumConsumers) {
-    if (!loads_at_once) Kernel::produce(params, shared, tile, head_k, CtaRole(params), warp - Traits::kConsumerWarps);
+    if (!loads_at_once) Kernel::produce(params, shared, tile, head_k, ptx::cta_z(), warp - Traits::kConsumerWarps);
     __syncwarp();
     ptx::cluster_wait();
     ClusterCombine<Traits>(params, shared).give(warp - Traits::kConsumerWarps);

@@ -110,13 +110,12 @@ struct NarrowDecodeKernel {
 
   /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
-                                                 const QueryTile& tile, int head_k, const CtaRole& role, int warp) {
-    if (!role.computes) return;
+                                                 const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, role.part_idx);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, role.part_idx);
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
-      for_each_query(params, shared, role.part_idx, [&](const Piece& piece) {
+      for_each_query(params, shared, part_idx, [&](const Piece& piece) {
         load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
                            tile, head_k);
       });

@@ -2,7 +2,8 @@
 
 #include <cstdint>
 
-// Global memory between CTAs: PTX ISA, "ld", "st", "atom" with .relaxed, .acquire and .release.
+// Global memory between CTAs: PTX ISA, "ld", "st", "atom" with .relaxed, .acquire and .release. Relaxed is what tells
+// of nothing but itself.
 
 namespace flash_mla::ptx {
 
@@ -16,6 +17,27 @@ __device__ __forceinline__ std::uint64_t load_acquire(const std::uint64_t* addre
   std::uint64_t value;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void store_relaxed(std::uint64_t* address, std::uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ std::uint64_t load_relaxed(const std::uint64_t* address) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+/// Returns the value before, which is another than `expected` if it was not replaced.
+__device__ __forceinline__ std::uint64_t atomic_replace(std::uint64_t* address, std::uint64_t expected,
+                                                        std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.cas.relaxed.gpu.global.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(address), "l"(expected), "l"(value)
+               : "memory");
+  return before;
 }
 
 /// Returns the value before. Acquires, and does not release: a release waits for all that the SM has written.
