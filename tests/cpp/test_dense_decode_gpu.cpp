@@ -13,6 +13,7 @@
 
 #include "busy_sms.h"
 #include "flash_mla/flash_mla.h"
+#include "late_writer.h"
 #include "on_device.h"
 
 namespace flash_mla {
@@ -267,6 +268,54 @@ TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
       }
     }
   }
+}
+
+/// A decode may begin while the kernel before it still writes lengths and the block table.
+TEST_F(DenseDecodeGpu, ReadsLengthsAndPagesWhenTheyAreWritten) {
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
+  for (const Extents& extents :
+       {Extents{16, 1, 64, false, 1024}, Extents{128, 1, 64, false, 512}, Extents{9, 9, 64, true, 960},
+        Extents{20, 2, 16, true, 512}, Extents{63, 1, 128, false, 256}, Extents{16, 1, 64, false, 128},
+        Extents{16, 1, 64, false}, Extents{128, 1, 64, false}}) {
+    SCOPED_TRACE(name_of({extents, 0}));
+    const HostCase host(extents);
+    const DeviceCase device(host);
+    const std::size_t size = dense_decode_workspace_size(device.args);
+    const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
+    dense_decode(device.args, workspace.data(), size, stream);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    const std::vector<std::uint16_t> out = device.out.to_host();
+    const std::vector<float> lse = device.lse.to_host();
+    const OnDevice<std::int32_t> lengths(host.cache_seqlens), pages(host.block_table);
+    const int num_lengths = static_cast<int>(host.cache_seqlens.size());
+    const int num_pages = static_cast<int>(host.block_table.size());
+    for (const std::int32_t length : {0, 1, 100, 700, 5000, -5}) {
+      for (const std::int32_t page : {0, -7, 1 << 30}) {
+        SCOPED_TRACE(std::to_string(length) + " tokens, page " + std::to_string(page));
+        const OnDevice<std::int32_t> wrong_lengths(std::vector<std::int32_t>(num_lengths, length));
+        const OnDevice<std::int32_t> wrong_pages(std::vector<std::int32_t>(num_pages, page));
+        const auto copy = [&](const OnDevice<std::int32_t>& to, const OnDevice<std::int32_t>& from, int count) {
+          ASSERT_EQ(cudaMemcpy(to.data(), from.data(), count * sizeof(std::int32_t), cudaMemcpyDeviceToDevice),
+                    cudaSuccess);
+        };
+        // The lengths alone, the pages alone, and both.
+        for (const int what : {1, 2, 3}) {
+          if (what & 1) copy(device.cache_seqlens, wrong_lengths, num_lengths);
+          if (what & 2) copy(device.block_table, wrong_pages, num_pages);
+          ASSERT_EQ(cudaMemset(device.out.data(), 0xff, out.size() * sizeof(out[0])), cudaSuccess);
+          ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+          if (what & 1) copy_late(device.cache_seqlens.data(), lengths.data(), num_lengths, stream);
+          if (what & 2) copy_late(device.block_table.data(), pages.data(), num_pages, stream);
+          dense_decode(device.args, workspace.data(), size, stream);
+          ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+          ASSERT_EQ(device.out.to_host(), out);
+          ASSERT_EQ(std::memcmp(device.lse.to_host().data(), lse.data(), lse.size() * sizeof(lse[0])), 0);
+        }
+      }
+    }
+  }
+  ASSERT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }
 
 /// CTAs that share a request wait for each other only if all of them run. Not a DenseDecodeGpu: a tool that runs one

@@ -4,7 +4,9 @@
 
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
+#include "sm90/dense_decode_narrow/cluster_share.cuh"
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -23,13 +25,17 @@ struct ClusterStorage : NarrowStorage<Traits> {
   float4 values[Traits::kRows * kHeadDimV / 4];
   float2 totals[Traits::kRows][kMaxClusterSize];  // maxima and sums of each piece
   float weights[kMaxClusterSize][Traits::kRows];  // what its values are multiplied with
-  std::uint64_t staged;   // an mbarrier for an arrival by each consumer thread: the own piece can be given
+  ClusterShare guess;                             // before the grid before has ended
+  ClusterShare share;
+  std::uint64_t share_known;  // an mbarrier for one arrival
+  std::uint64_t staged[2];    // ones for an arrival by each consumer thread: a half of each one's columns can be given
   std::uint64_t weighed;  // for one by each consumer and scorer thread: the own piece is staged, and weights are found
   std::uint64_t rows_received;  // ones for one arrival, with the bytes of all other pieces
   std::uint64_t values_received;
 
   __device__ void init_cluster_barriers() {
-    ptx::mbarrier_init(ptx::shared_address(&staged), Traits::kConsumerThreads);
+    ptx::mbarrier_init(ptx::shared_address(&share_known), 1);
+    for (auto& barrier : staged) ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kConsumerThreads);
     ptx::mbarrier_init(ptx::shared_address(&weighed), Traits::kConsumerThreads + Traits::kWarpgroupThreads);
     ptx::mbarrier_init(ptx::shared_address(&rows_received), 1);
     ptx::mbarrier_init(ptx::shared_address(&values_received), 1);
@@ -42,19 +48,19 @@ template <class Traits>
 class ClusterCombine {
   using Element = typename Traits::Element;
   using Consumer = NarrowConsumer<Traits>;
+  static constexpr int kHalfChunks = Traits::kOwnChunks / 2;
   static constexpr int kVectorsPerChunk = Traits::kAccumulators / 4;
   static constexpr int kChunkVectors = kVectorsPerChunk * Traits::kWarpgroupThreads;
   static_assert(kChunkVectors == Traits::kConsumerThreads, "a thread has the same rows of each chunk");
 
  public:
-  static_assert(Traits::kOwnChunks * kChunkVectors * sizeof(float4) == 2 * Traits::kChunkBytes,
-                "what a consumer has for other CTAs fits two chunks of V: see staging");
-
-  __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared)
+  __device__ ClusterCombine(const DenseDecodeParams& params, ClusterStorage<Traits>& shared, const Piece& piece)
       : params_(params),
         shared_(shared),
+        request_(piece.request),
         size_(params.cluster_size),
-        chunks_(Traits::kNumVChunks / params.cluster_size) {}
+        chunks_(Traits::kNumVChunks / params.cluster_size),
+        staging_(shared.kv[piece.end_block - piece.begin_block == Traits::kNumSlots ? 0 : 1][0]) {}
 
   /// Gives each CTA of the cluster its chunks. By the warps of the producers, numbered from the first, when all CTAs
   /// have begun; each looks after some CTAs, as a warp issues copies one after another.
@@ -70,25 +76,46 @@ class ClusterCombine {
     }
     const std::uint32_t barrier = ptx::map_to_cta(received, to);
     const std::uint32_t values = ptx::map_to_cta(ptx::shared_address(shared_.values) + rank * bytes, to);
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.staged), 0);
-    ptx::bulk_copy_to_cta(values, ptx::shared_address(staging()) + to * bytes, bytes, barrier);
+    const int first = to * chunks_ % Traits::kOwnChunks;
+    if (first < kHalfChunks) ptx::mbarrier_wait(ptx::shared_address(&shared_.staged[0]), 0);
+    if (first + chunks_ > kHalfChunks) ptx::mbarrier_wait(ptx::shared_address(&shared_.staged[1]), 0);
+    ptx::bulk_copy_to_cta(values, ptx::shared_address(staging_) + to * bytes, bytes, barrier);
   }
 
-  /// Merges this CTA's chunks. By all consumer threads, when all of PV on the first slot is done.
-  __device__ __forceinline__ void run(Consumer& consumer, int warpgroup, int request) const {
+  /// Lays half `half` of the consumer's columns where other CTAs can be given them from. By all consumer threads, when
+  /// nothing uses that slot any more.
+  __device__ __forceinline__ void stage(const Consumer& consumer, int warpgroup, int half) const {
+    const std::uint32_t to = ptx::shared_address(staging_);
+    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
+#pragma unroll
+    for (int j = half * kHalfChunks; j < (half + 1) * kHalfChunks; ++j) {
+#pragma unroll
+      for (int v = 0; v < kVectorsPerChunk; ++v) {
+        const float* const o = &consumer.o[j][4 * v];
+        const int idx = (warpgroup * Traits::kOwnChunks + j) * kChunkVectors + v * Traits::kWarpgroupThreads + thread;
+        ptx::store_shared_v4(to + idx * static_cast<int>(sizeof(float4)), {o[0], o[1], o[2], o[3]});
+      }
+    }
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(ptx::shared_address(&shared_.staged[half]));
+  }
+
+  /// Merges this CTA's chunks. By all consumer threads, when all is staged.
+  __device__ __forceinline__ void run() const {
     ptx::cluster_wait();  // not for long: all CTAs have begun
-    stage(consumer, warpgroup);
     const int vector = threadIdx.x / Traits::kWarpgroupThreads;
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
     const int row = 8 * vector + thread % 4 * 2;
     const RowCoordinate& at = shared_.rows[8 * vector + thread % 32 / 4];
     const int rank = ptx::cta_rank_in_cluster();
-    const auto* const own = reinterpret_cast<const float4*>(staging()) + rank * chunks_ * kChunkVectors;
-    Element* to = FinalOutput<Element>{params_, request}.row(at) + rank * chunks_ * Traits::kChunkColumns +
+    const auto* const own = reinterpret_cast<const float4*>(staging_) + rank * chunks_ * kChunkVectors;
+    Element* to = FinalOutput<Element>{params_, request_}.row(at) + rank * chunks_ * Traits::kChunkColumns +
                   thread / 32 * 16 + thread % 4 * 2;
     ptx::mbarrier_arrive(ptx::shared_address(&shared_.weighed));
     ptx::mbarrier_wait(ptx::shared_address(&shared_.weighed), 0);
     ptx::mbarrier_wait(ptx::shared_address(&shared_.values_received), 0);
+    __syncwarp();
+    ptx::cluster_arrive();  // this CTA has received everything, so the others' memory may go
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks_; ++chunk, to += Traits::kChunkColumns) {
       float value[4] = {};
@@ -109,44 +136,24 @@ class ClusterCombine {
         if (at.is_valid()) *reinterpret_cast<std::uint32_t*>(to + 8 * j) = two;
       }
     }
-    ptx::cluster_arrive();
-    ptx::cluster_wait();  // all have received everything, so nothing reads this CTA's memory any more
+    __syncwarp();
+    ptx::cluster_wait();  // all have, so nothing reads this CTA's memory any more
   }
 
   /// Gives rows to the other CTAs, and finds weights. By all threads of the scorer, those whose number is a row with
   /// its total.
-  __device__ __forceinline__ void weigh(float2 total, int request) const {
+  __device__ __forceinline__ void weigh(float2 total) const {
     const int thread = threadIdx.x % Traits::kWarpgroupThreads;
     if (thread < Traits::kRows) shared_.totals[thread][ptx::cta_rank_in_cluster()] = total;
     __syncwarp();
     ptx::named_barrier_sync(kScorerBarrier, Traits::kWarpgroupThreads);
     ptx::cluster_wait();
     give_rows(thread);
-    find_weights(thread, request);
+    find_weights(thread);
     ptx::mbarrier_arrive(ptx::shared_address(&shared_.weighed));
   }
 
  private:
-  /// 32 KB: the last two of the first consumer's chunks of V in the first slot, and the first two of the other's. QK is
-  /// done with them, and no other consumer reads them.
-  __device__ unsigned char* staging() const { return shared_.kv[0][1 + Traits::kOwnChunks - 2]; }
-
-  __device__ __forceinline__ void stage(const Consumer& consumer, int warpgroup) const {
-    const std::uint32_t to = ptx::shared_address(staging());
-    const int thread = threadIdx.x % Traits::kWarpgroupThreads;
-#pragma unroll
-    for (int j = 0; j < Traits::kOwnChunks; ++j) {
-#pragma unroll
-      for (int v = 0; v < kVectorsPerChunk; ++v) {
-        const float* const o = &consumer.o[j][4 * v];
-        const int idx = (warpgroup * Traits::kOwnChunks + j) * kChunkVectors + v * Traits::kWarpgroupThreads + thread;
-        ptx::store_shared_v4(to + idx * static_cast<int>(sizeof(float4)), {o[0], o[1], o[2], o[3]});
-      }
-    }
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(ptx::shared_address(&shared_.staged));
-  }
-
   /// A thread gives a row to a CTA.
   __device__ __forceinline__ void give_rows(int thread) const {
     const std::uint32_t received = ptx::shared_address(&shared_.rows_received);
@@ -161,7 +168,7 @@ class ClusterCombine {
 
   /// Waits for the rows, and finds what each piece's values are multiplied with. A lane for each piece of each row. The
   /// first CTA writes log-sum-exp.
-  __device__ __forceinline__ void find_weights(int thread, int request) const {
+  __device__ __forceinline__ void find_weights(int thread) const {
     static_assert(Traits::kRows * kMaxClusterSize == Traits::kWarpgroupThreads);
     const int piece = thread % kMaxClusterSize;
     const int row = thread / kMaxClusterSize;
@@ -178,14 +185,16 @@ class ClusterCombine {
     for (int lanes = 1; lanes < kMaxClusterSize; lanes *= 2) total += __shfl_xor_sync(~0U, total, lanes);
     shared_.weights[piece][row] = factor * inverse_sum(total);
     if (ptx::cta_rank_in_cluster() == 0 && piece == 0 && at.is_valid()) {
-      FinalOutput<Element>{params_, request}.write_lse(at, max, total);
+      FinalOutput<Element>{params_, request_}.write_lse(at, max, total);
     }
   }
 
   const DenseDecodeParams& params_;
   ClusterStorage<Traits>& shared_;
+  const int request_;
   const int size_;
-  const int chunks_;  // that a CTA merges
+  const int chunks_;              // that a CTA merges
+  unsigned char* const staging_;  // 32 KB: of the first slot, if PV of the last block is in the second, else of that
 };
 
 }  // namespace flash_mla::sm90

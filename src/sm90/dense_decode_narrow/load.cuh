@@ -4,6 +4,7 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode_narrow/cluster_share.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/ring.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -36,15 +37,27 @@ class NarrowProducer {
         kv_full_(ptx::shared_address(shared.kv_full)),
         kv_empty_(ptx::shared_address(shared.kv_empty)) {}
 
-  /// The part's only piece, which has no more blocks than the ring holds: its slots are fresh, and not waited for.
-  __device__ __forceinline__ void load_into_fresh_slots(const Piece& piece, int head_k) {
-    const BlockPages next_pages = look_up(piece, piece.begin_block + 1);
-    BlockPages pages = look_up(piece, piece.begin_block);
+  /// A cluster's CTA's blocks, into slots that nobody has used yet. By one thread.
+  __device__ __forceinline__ void load_share(const ClusterShare& share, int head_k) {
 #pragma unroll 1
-    for (int block = piece.begin_block; block < piece.end_block; ++block) {
-      load_whole_block(block, pages.first, head_k);
-      pages = next_pages;
+    for (int block = share.begin_block; block < share.end_block; ++block) {
+      load_whole_block(block, share.pages[at_.slot], head_k);
       at_ = at_ + 1;
+    }
+  }
+  /// After load_share(guess): the guess was wrong. The right blocks come in the slots' second phases.
+  __device__ __forceinline__ void load_share_anew(const ClusterShare& guess, const ClusterShare& share, int head_k) {
+    for (int slot = guess.end_block - guess.begin_block; slot < Traits::kNumSlots; ++slot) {
+      for (int i = 0; i < Traits::kNumChunks; ++i) ptx::mbarrier_arrive(full_of(slot, i));
+    }
+    wait_for_stale_copies();
+    at_ = {};
+    load_share(share, head_k);
+  }
+  /// For the ends of all slots' first phases.
+  __device__ __forceinline__ void wait_for_stale_copies() const {
+    for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
+      for (int i = 0; i < Traits::kNumChunks; ++i) ptx::mbarrier_wait(full_of(slot, i), 0);
     }
   }
 
@@ -103,8 +116,9 @@ class NarrowProducer {
                      (block * Traits::kBlockN + row) & ((1 << params_.page_size_log2) - 1), head_k, page,
                      ptx::Keep::kNotForLong);
   }
-  __device__ __forceinline__ std::uint32_t full(int i) const {
-    return kv_full_ + (at_.slot * Traits::kNumChunks + i) * sizeof(std::uint64_t);
+  __device__ __forceinline__ std::uint32_t full(int i) const { return full_of(at_.slot, i); }
+  __device__ __forceinline__ std::uint32_t full_of(int slot, int i) const {
+    return kv_full_ + (slot * Traits::kNumChunks + i) * sizeof(std::uint64_t);
   }
 
   /// A page that the tensor map does not have: its box arrives as zeros.
