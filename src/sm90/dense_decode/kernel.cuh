@@ -2,6 +2,7 @@
 
 #include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/epilogue.cuh"
+#include "sm90/dense_decode/first_block.cuh"
 #include "sm90/dense_decode/load.cuh"
 #include "sm90/dense_decode/mainloop.cuh"
 #include "sm90/dense_decode/params.h"
@@ -62,6 +63,18 @@ struct DenseDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
+  /// Copies the part's first block, into slots that nobody has used yet.
+  __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
+                                          int head_k) {
+    Producer<Traits, true>(params, shared).load_first(first, head_k);
+  }
+  /// Waits for these copies, as they are of the wrong block, and makes the barriers new that they report to.
+  __device__ static void drop_first_block(Storage& shared) {
+    renew(shared.rope_full[0]);
+    for (int i = 0; i < Traits::kPairsPerBlock; ++i) renew(shared.pair_full[Traits::kNumRegisterPairs + i]);
+    ptx::fence_mbarrier_init();
+  }
+
   /// The scorer's walk over the part's pieces.
   __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared,
                                                const QueryTile& /*tile*/, int /*head_k*/, int part_idx) {
@@ -104,10 +117,11 @@ struct DenseDecodeKernel {
 
   /// The producers' walk over them: the first warp loads KV, the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
-                                                 const QueryTile& tile, int head_k, int part_idx, int warp) {
+                                                 const QueryTile& tile, int head_k, int part_idx, int warp,
+                                                 bool has_first) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx, has_first);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx, false);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
       QueryProducer<Traits>(params, shared, tile, head_k).load_all(part_idx);
     }
@@ -116,14 +130,20 @@ struct DenseDecodeKernel {
  private:
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
-                                                    int part_idx) {
+                                                    int part_idx, bool has_first) {
     Producer<Traits, kIsWhole> producer(params, shared);
     if (!producer.is_active()) return;
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
-    while (walk.next(piece)) producer.load_piece(piece, head_k);
+    for (; walk.next(piece); has_first = false) producer.load_piece(piece, head_k, has_first);
   }
 
+  /// After its first phase, of one arrival.
+  __device__ static void renew(std::uint64_t& barrier) {
+    ptx::mbarrier_wait(ptx::shared_address(&barrier), 0);
+    ptx::mbarrier_invalidate(ptx::shared_address(&barrier));
+    init(barrier, 1);
+  }
   __device__ static void init(std::uint64_t& barrier, int arrivals) {
     ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
   }

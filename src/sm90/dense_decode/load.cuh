@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "sm90/dense_decode/first_block.cuh"
 #include "sm90/dense_decode/kv_boxes.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
@@ -26,12 +27,24 @@ class Producer {
   /// Whether this lane has boxes to load.
   __device__ bool is_active() const { return boxes_.is_active(); }
 
-  __device__ void load_piece(const Piece& piece, int head_k) {
+  /// A part's first block, before the plan is there.
+  __device__ __forceinline__ void load_first(const FirstBlock& first, int head_k) {
+    pair_ = pair_ + Traits::kNumRegisterPairs;
+    load_block(first.block, {first.page, first.page}, head_k);
+  }
+
+  /// `has_first`: the first block is on its way.
+  __device__ void load_piece(const Piece& piece, int head_k, bool has_first) {
     if (piece.begin_block == piece.end_block) return;
     pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q: README.md says why they need not be waited for
-    typename Boxes::Pages pages = boxes_.look_up(piece, piece.begin_block);
+    if (has_first) {
+      pair_ = pair_ + Traits::kPairsPerBlock;
+      rope_ = rope_ + 1;
+    }
+    const int begin_block = piece.begin_block + static_cast<int>(has_first);
+    typename Boxes::Pages pages = boxes_.look_up(piece, begin_block);
 #pragma unroll 1
-    for (int block = piece.begin_block; block < piece.end_block; ++block) {
+    for (int block = begin_block; block < piece.end_block; ++block) {
       const typename Boxes::Pages next_pages = boxes_.look_up(piece, block + 1);  // a block ahead, to hide its latency
       load_block(block, pages, head_k);
       pages = next_pages;

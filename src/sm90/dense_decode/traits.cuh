@@ -35,9 +35,9 @@ struct TileTraits {
   static constexpr int kColumnsPerConsumer = kHeadDimV / kNumConsumers;
   static constexpr int kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  /// Warps behind the consumers, beside the first one, which plans and loads KV.
+  /// Warps behind the consumers, beside the first one, which loads KV.
   static constexpr int kQueryWarp = kConsumerWarps + 1;
-  static constexpr int kTablesWarp = kConsumerWarps + 2;
+  static constexpr int kPlanWarp = kConsumerWarps + 2;
   static constexpr int kSplitsWarp = kConsumerWarps + 3;
   /// A warpgroup of producers, and one that scores, come behind the consumers.
   static constexpr int kNumThreads = kConsumerThreads + 2 * kWarpgroupThreads;

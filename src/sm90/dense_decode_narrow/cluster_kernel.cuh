@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     Kernel::init_query(shared);
     Kernel::init_kv_full(shared, 0);
   }
-  if (threadIdx.x == 32 * Traits::kTablesWarp) Kernel::init_kv_full(shared, 1);
+  if (threadIdx.x == 32 * Traits::kPlanWarp) Kernel::init_kv_full(shared, 1);
   if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
   __syncthreads();
   ptx::cluster_arrive();  // barriers are initialised, and visible to the cluster by fence_mbarrier_init
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   if (warp == Traits::kQueryWarp && ptx::elect_one()) {
     Kernel::load_known_query(params, shared, tile, head_k, request);
   }
-  if (warp == Traits::kTablesWarp) {
+  if (warp == Traits::kPlanWarp) {
     const ClusterShare share(params, request);
     if (threadIdx.x % 32 == 0) {
       shared.share = share;

@@ -66,6 +66,20 @@ struct NarrowDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
+  /// Copies the part's first block, into the first slot, which nobody has used yet.
+  __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
+                                          int head_k) {
+    NarrowProducer<Traits, true>(params, shared).load_first(first, head_k);
+  }
+  /// Waits for these copies, as they are of the wrong block, and makes the barriers new that they report to.
+  __device__ static void drop_first_block(Storage& shared) {
+    for (auto& barrier : shared.kv_full[0]) {
+      ptx::mbarrier_wait(ptx::shared_address(&barrier), 0);
+      ptx::mbarrier_invalidate(ptx::shared_address(&barrier));
+    }
+    init_kv_full(shared, 0);
+  }
+
   /// The scorer's walk over the part's pieces.
   __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                                int head_k, int part_idx) {
@@ -110,10 +124,11 @@ struct NarrowDecodeKernel {
 
   /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
-                                                 const QueryTile& tile, int head_k, int part_idx, int warp) {
+                                                 const QueryTile& tile, int head_k, int part_idx, int warp,
+                                                 bool has_first) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx, has_first);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx, false);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
       for_each_query(params, shared, part_idx, [&](const Piece& piece) {
         load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
@@ -125,11 +140,11 @@ struct NarrowDecodeKernel {
  private:
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
-                                                    int part_idx) {
+                                                    int part_idx, bool has_first) {
     NarrowProducer<Traits, kIsWhole> producer(params, shared);
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
-    while (walk.next(piece)) producer.load_piece(piece, head_k);
+    for (; walk.next(piece); has_first = false) producer.load_piece(piece, head_k, has_first);
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "sm90/dense_decode/first_block.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode_narrow/cluster_share.cuh"
@@ -61,10 +62,18 @@ class NarrowProducer {
     }
   }
 
-  __device__ void load_piece(const Piece& piece, int head_k) {
-    BlockPages pages = look_up(piece, piece.begin_block);
+  /// A part's first block, before the plan is there. By one thread.
+  __device__ __forceinline__ void load_first(const FirstBlock& first, int head_k) {
+    load_whole_block(first.block, first.page, head_k);
+  }
+
+  /// `has_first`: the first block is on its way.
+  __device__ void load_piece(const Piece& piece, int head_k, bool has_first = false) {
+    const int begin_block = piece.begin_block + static_cast<int>(has_first);
+    at_ = at_ + static_cast<int>(has_first);
+    BlockPages pages = look_up(piece, begin_block);
 #pragma unroll 1
-    for (int block = piece.begin_block; block < piece.end_block; ++block) {
+    for (int block = begin_block; block < piece.end_block; ++block) {
       const BlockPages next_pages = look_up(piece, block + 1);  // a block ahead, to hide its latency
       ptx::mbarrier_wait(kv_empty_ + at_.slot * sizeof(std::uint64_t), at_.phase ^ 1);
       if constexpr (kIsWhole) {

@@ -1,0 +1,72 @@
+#pragma once
+
+#include "scheduler/small_plan.cuh"
+#include "scheduler/split_plan.h"
+#include "sm90/dense_decode/params.h"
+#include "sm90/ptx/memory.cuh"
+
+namespace flash_mla::sm90 {
+
+/// The first KV block of a part, as the plan, the length and the block table look while the grids before still run, and
+/// may be writing them: a guess, by which copies begin as soon as these grids have ended. By one warp; each lane keeps
+/// a word that the guess rests on.
+///
+/// None where pages have fewer than 64 tokens, and where the plan of several requests is made in the kernel.
+class FirstBlock {
+ public:
+  FirstBlock() = default;
+  __device__ __forceinline__ FirstBlock(const DenseDecodeParams& params, int part_idx) {
+    if (params.box_tokens < scheduler::kBlockN || (params.parts == nullptr && params.batch_size > 1)) return;
+    const int lane = threadIdx.x % 32;
+    scheduler::Part part;
+    if (params.parts != nullptr) {
+      if (lane < kWordsOfPart) look_at(reinterpret_cast<const int*>(params.parts + part_idx) + lane);
+      part.begin_request = __shfl_sync(~0U, value_, 0);
+      part.begin_block = max(__shfl_sync(~0U, value_, 1), 0);
+      part.end_request = min(__shfl_sync(~0U, value_, 2), params.batch_size - 1);
+      part.end_block = __shfl_sync(~0U, value_, 3);
+      if (part.begin_request < 0 || part.begin_request > part.end_request) return;
+      if (lane == kLaneOfLength) look_at(params.cache_seqlens + part.begin_request);
+    } else {
+      if (lane == kLaneOfLength) look_at(params.cache_seqlens);
+      const int seqlen_k = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
+      if (seqlen_k > scheduler::SmallPlan::kMaxSeqlen) return;
+      scheduler::SmallPlan::make_alone(seqlen_k, params.num_parts, part_idx, part);
+      if (part.begin_request > part.end_request) return;
+    }
+    block = part.begin_block;
+    if (block >= scheduler::num_blocks(params.max_seqlen_k)) return;
+    if (lane == kLaneOfPage) {
+      look_at(params.block_table + part.begin_request * params.stride_block_table +
+              (block * scheduler::kBlockN >> params.page_size_log2));
+    }
+    const int seqlen_k = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
+    page = __shfl_sync(~0U, value_, kLaneOfPage);
+    exists =
+        block < scheduler::num_blocks(seqlen_k) && (part.begin_request < part.end_request || block < part.end_block);
+  }
+
+  /// Looks at the lane's word again.
+  __device__ __forceinline__ int look_again() const { return from_ != nullptr ? ptx::load_relaxed(from_) : value_; }
+  /// Whether what look_again gives each lane is what the guess rests on.
+  __device__ __forceinline__ bool rests_on(int value) const { return __all_sync(~0U, value == value_); }
+
+  bool exists = false;
+  int block = 0;
+  int page = 0;
+
+ private:
+  static constexpr int kWordsOfPart = 4;
+  static constexpr int kLaneOfLength = kWordsOfPart;
+  static constexpr int kLaneOfPage = kLaneOfLength + 1;
+
+  __device__ __forceinline__ void look_at(const int* from) {
+    from_ = from;
+    value_ = ptx::load_relaxed(from);
+  }
+
+  const int* from_ = nullptr;
+  int value_ = 0;
+};
+
+}  // namespace flash_mla::sm90
