@@ -13,7 +13,7 @@
 namespace flash_mla::cuda {
 
 /// Whether a kernel may start while the one before it in the stream still runs (programmatic dependent launch). Such a
-/// kernel touches no global memory before griddepcontrol.wait.
+/// kernel writes no global memory before griddepcontrol.wait, and what it reads before that is a guess.
 enum class Overlap : bool { kNone, kWithPrevious };
 
 /// Shared memory that a CTA may have on sm_90.

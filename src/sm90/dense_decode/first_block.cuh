@@ -11,12 +11,14 @@ namespace flash_mla::sm90 {
 /// may be writing them: a guess, by which copies begin as soon as these grids have ended. By one warp; each lane keeps
 /// a word that the guess rests on.
 ///
-/// None where pages have fewer than 64 tokens, and where the plan of several requests is made in the kernel.
+/// None where pages have fewer than 64 tokens, where the plan of several requests is made in the kernel, and where the
+/// grid does not begin before the one before it has ended.
 class FirstBlock {
  public:
   FirstBlock() = default;
   __device__ __forceinline__ FirstBlock(const DenseDecodeParams& params, int part_idx) {
-    if (params.box_tokens < scheduler::kBlockN || (params.parts == nullptr && params.batch_size > 1)) return;
+    if (params.box_tokens < scheduler::kBlockN || params.shares_kv) return;
+    if (params.parts == nullptr && params.batch_size > 1) return;
     const int lane = threadIdx.x % 32;
     scheduler::Part part;
     if (params.parts != nullptr) {
@@ -34,6 +36,7 @@ class FirstBlock {
       scheduler::SmallPlan::make_alone(seqlen_k, params.num_parts, part_idx, part);
       if (part.begin_request > part.end_request) return;
     }
+    request = part.begin_request;
     block = part.begin_block;
     if (block >= scheduler::num_blocks(params.max_seqlen_k)) return;
     if (lane == kLaneOfPage) {
@@ -52,6 +55,7 @@ class FirstBlock {
   __device__ __forceinline__ bool rests_on(int value) const { return __all_sync(~0U, value == value_); }
 
   bool exists = false;
+  int request = 0;
   int block = 0;
   int page = 0;
 

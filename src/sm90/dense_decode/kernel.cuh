@@ -44,13 +44,13 @@ struct DenseDecodeKernel {
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// Barriers that copies of Q report to. By the thread that issues these.
+  /// Barriers that copies of Q report to. By a thread.
   __device__ static void init_query(Storage& shared) {
     init(shared.q_full, 1);
     for (auto& barrier : shared.pair_full) init(barrier, 1);
     ptx::fence_mbarrier_init();
   }
-  /// Of the only request, before there is a plan. By the same thread.
+  /// Of the part's first request, before there is a plan. By a thread.
   __device__ static void load_known_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                           int head_k, int request) {
     QueryProducer<Traits>(params, shared, tile, head_k).load_first(request);
@@ -68,10 +68,14 @@ struct DenseDecodeKernel {
                                           int head_k) {
     Producer<Traits, true>(params, shared).load_first(first, head_k);
   }
-  /// Waits for these copies, as they are of the wrong block, and makes the barriers new that they report to.
-  __device__ static void drop_first_block(Storage& shared) {
-    renew(shared.rope_full[0]);
-    for (int i = 0; i < Traits::kPairsPerBlock; ++i) renew(shared.pair_full[Traits::kNumRegisterPairs + i]);
+  /// The 72 KB of Q are needed first, and come late where KV is asked for at the same time. So KV is asked for when the
+  /// guess has turned out right.
+  static constexpr bool kLoadsQueryFirst = true;
+  /// Waits for copies of Q, if they are of the wrong request, and makes the barriers new that they report to.
+  __device__ static void drop_first(Storage& shared, bool with_query) {
+    if (!with_query) return;
+    renew(shared.q_full);
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) renew(shared.pair_full[i]);
     ptx::fence_mbarrier_init();
   }
 
@@ -117,11 +121,10 @@ struct DenseDecodeKernel {
 
   /// The producers' walk over them: the first warp loads KV, the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
-                                                 const QueryTile& tile, int head_k, int part_idx, int warp,
-                                                 bool has_first) {
+                                                 const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx, has_first);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx, false);
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
       QueryProducer<Traits>(params, shared, tile, head_k).load_all(part_idx);
     }
@@ -130,12 +133,13 @@ struct DenseDecodeKernel {
  private:
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
-                                                    int part_idx, bool has_first) {
+                                                    int part_idx) {
     Producer<Traits, kIsWhole> producer(params, shared);
     if (!producer.is_active()) return;
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
-    for (; walk.next(piece); has_first = false) producer.load_piece(piece, head_k, has_first);
+    for (bool has_first = shared.plan.has_first != 0; walk.next(piece); has_first = false)
+      producer.load_piece(piece, head_k, has_first);
   }
 
   /// After its first phase, of one arrival.

@@ -100,8 +100,12 @@ class QueryProducer {
   /// For each piece, but not until the last QK of the one before is done: all slots before have been filled then, so
   /// that no phase of them is taken for another.
   __device__ __forceinline__ void load_all(int part_idx) {
-    for_each_query(params_, shared_, part_idx, [&](const Piece& piece) {
-      load<true>(piece.request);
+    for_each_query(params_, shared_, part_idx, [&](const Piece& piece, bool has_query) {
+      if (has_query) {
+        pair_ = pair_ + Traits::kNumRegisterPairs;
+      } else {
+        load<true>(piece.request);
+      }
       pair_ = pair_.far_on(Traits::kPairsPerBlock * (piece.end_block - piece.begin_block));
     });
   }

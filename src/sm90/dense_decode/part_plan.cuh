@@ -52,6 +52,10 @@ struct SliceRange {
 /// In shared memory.
 struct PartPlan {
   scheduler::Part part;
+  /// What is loaded before there is a plan: the request whose Q is, or -1, and whether that and its first block are
+  /// right.
+  int first_request;
+  int has_first;
   /// The request that the part continues, or helps to merge without a piece of it, and the one that it begins and does
   /// not end.
   SplitRequest splits[2];

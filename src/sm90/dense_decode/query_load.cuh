@@ -53,19 +53,20 @@ __device__ __forceinline__ bool has_known_query(const DenseDecodeParams& params)
   return params.batch_size == 1 || params.cluster_size > 0;
 }
 
-/// Calls `load(piece)`, which loads Q, for each piece that has blocks, as soon as Q's memory is free. By one thread of
-/// another warp than KV's, so that KV goes on arriving while a piece ends.
+/// Calls `load(piece, has_query)`, which loads Q if that is not on its way, for each piece that has blocks, as soon as
+/// Q's memory is free. By one thread of another warp than KV's, so that KV goes on arriving while a piece ends.
 template <class Storage, class Load>
 __device__ __forceinline__ void for_each_query(const DenseDecodeParams& params, Storage& shared, int part_idx,
                                                const Load& load) {
   std::uint32_t phase = 0;
   PieceWalk walk(params, shared.plan.part, part_idx);
   Piece piece;
-  while (walk.next(piece)) {
+  for (bool has_query = shared.plan.has_first != 0; walk.next(piece); has_query = false) {
     if (piece.begin_block == piece.end_block) continue;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
+    // Who has not loaded must not wait for memory that nobody has used: that phase may be over, and the next one too.
+    if (!has_query) ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
     phase ^= 1;
-    load(piece);
+    load(piece, has_query);
   }
 }
 

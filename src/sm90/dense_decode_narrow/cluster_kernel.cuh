@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   }
   if (threadIdx.x == 32 * Traits::kPlanWarp) Kernel::init_kv_full(shared, 1);
   if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
+  __syncwarp();  // lanes that have parted do not meet the others of the CTA as one
   __syncthreads();
   ptx::cluster_arrive();  // barriers are initialised, and visible to the cluster by fence_mbarrier_init
   ptx::wait_for_previous_grids();

@@ -50,12 +50,12 @@ struct NarrowDecodeKernel {
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// The barrier that copies of Q report to. By the thread that issues these.
+  /// The barrier that copies of Q report to. By a thread.
   __device__ static void init_query(Storage& shared) {
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::fence_mbarrier_init();
   }
-  /// Of the only request, before there is a plan. By the same thread.
+  /// Of the part's first request, before there is a plan. By a thread.
   __device__ static void load_known_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                           int head_k, int request) {
     load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), request, tile,
@@ -71,13 +71,15 @@ struct NarrowDecodeKernel {
                                           int head_k) {
     NarrowProducer<Traits, true>(params, shared).load_first(first, head_k);
   }
-  /// Waits for these copies, as they are of the wrong block, and makes the barriers new that they report to.
-  __device__ static void drop_first_block(Storage& shared) {
-    for (auto& barrier : shared.kv_full[0]) {
-      ptx::mbarrier_wait(ptx::shared_address(&barrier), 0);
-      ptx::mbarrier_invalidate(ptx::shared_address(&barrier));
-    }
+  /// Q is small: it does not keep KV waiting, nor the other way round.
+  static constexpr bool kLoadsQueryFirst = false;
+  /// Waits for these copies, which are wrong, and for those of Q, if it is of another request, and makes the barriers
+  /// new that they report to.
+  __device__ static void drop_first(Storage& shared, bool with_query) {
+    for (auto& barrier : shared.kv_full[0]) drop(barrier);
+    if (with_query) drop(shared.q_full);
     init_kv_full(shared, 0);
+    if (with_query) init_query(shared);
   }
 
   /// The scorer's walk over the part's pieces.
@@ -124,13 +126,13 @@ struct NarrowDecodeKernel {
 
   /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
-                                                 const QueryTile& tile, int head_k, int part_idx, int warp,
-                                                 bool has_first) {
+                                                 const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx, has_first);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx, false);
+    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
+    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
-      for_each_query(params, shared, part_idx, [&](const Piece& piece) {
+      for_each_query(params, shared, part_idx, [&](const Piece& piece, bool has_query) {
+        if (has_query) return;
         load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
                            tile, head_k);
       });
@@ -138,13 +140,18 @@ struct NarrowDecodeKernel {
   }
 
  private:
+  __device__ static void drop(std::uint64_t& barrier) {
+    ptx::mbarrier_wait(ptx::shared_address(&barrier), 0);
+    ptx::mbarrier_invalidate(ptx::shared_address(&barrier));
+  }
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
-                                                    int part_idx, bool has_first) {
+                                                    int part_idx) {
     NarrowProducer<Traits, kIsWhole> producer(params, shared);
     PieceWalk walk(params, shared.plan.part, part_idx);
     Piece piece;
-    for (; walk.next(piece); has_first = false) producer.load_piece(piece, head_k, has_first);
+    for (bool has_first = shared.plan.has_first != 0; walk.next(piece); has_first = false)
+      producer.load_piece(piece, head_k, has_first);
   }
 };
 
