@@ -153,9 +153,9 @@ def test_checks_arrays_that_are_not_there() -> None:
     more = {"out": None, "lse": None, "tile_scheduler_metadata": None, "num_splits": None}
     options = {"softmax_scale": SCALE, "causal": False}
     assert _C.dense_decode_workspace_size(**shapes, **more, **options) == 0
-    # Of 144 parts, each: 32 bytes of plan, 3 flags, and 2 slots of 16 rows: out in float32, and 16 bytes for each of 2
+    # Of 144 parts, each: 32 bytes of plan, 5 words, and 2 slots of 16 rows: out in float32, and 16 bytes for each of 2
     # consumers.
-    expected = 144 * (32 + 3 * 8 + 2 * 16 * (512 * 4 + 2 * 16))
+    expected = 144 * (32 + 5 * 8 + 2 * 16 * (512 * 4 + 2 * 16))
     assert _C.dense_decode_max_workspace_size(**shapes, **more, **options) == expected
     wrong: list[tuple[str, list[int], str, type[Exception], str]] = [
         ("q", [2, 1, 16, 576], "float8_e4m3fn", TypeError, "dtype bfloat16 or float16, got an unknown dtype"),

@@ -11,8 +11,8 @@ namespace flash_mla::sm90 {
 /// may be writing them: a guess, by which copies begin as soon as these grids have ended. By one warp; each lane keeps
 /// a word that the guess rests on.
 ///
-/// None where pages have fewer than 64 tokens, where the plan of several requests is made in the kernel, and where the
-/// grid does not begin before the one before it has ended.
+/// None where pages have fewer than 64 tokens, where the plan of several requests is made in the kernel, and for long
+/// parts whose tiles share KV, which have nothing to win.
 class FirstBlock {
  public:
   FirstBlock() = default;

@@ -72,7 +72,7 @@ struct DenseDecodeKernel {
   /// guess has turned out right.
   static constexpr bool kLoadsQueryFirst = true;
   /// Waits for copies of Q, if they are of the wrong request, and makes the barriers new that they report to.
-  __device__ static void drop_first(Storage& shared, bool with_query) {
+  static __device__ __noinline__ void drop_first(Storage& shared, bool with_query) {
     if (!with_query) return;
     renew(shared.q_full);
     for (int i = 0; i < Traits::kNumRegisterPairs; ++i) renew(shared.pair_full[i]);

@@ -78,7 +78,9 @@ __device__ inline bool merge_together(const TileFlags& flags, PartPlan& plan, in
       word = before == word ? own : before;
     }
     if (flags.is_decided(word)) return (word & TileFlags::kStateMask) == TileFlags::kTogether;
-    if (!split.has_piece(part_idx) || ptx::mbarrier_test(ptx::shared_address(&plan.piece_written[i]), 0)) --patience;
+    const bool is_done =
+        !split.has_piece(part_idx) || ptx::mbarrier_test(ptx::shared_address(&plan.piece_written[i]), 0);
+    patience -= static_cast<int>(__any_sync(~0U, is_done));  // the same for all lanes
   }
 }
 

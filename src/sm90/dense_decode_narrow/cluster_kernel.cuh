@@ -19,13 +19,24 @@
 
 namespace flash_mla::sm90 {
 
+/// After copies by a wrong guess: waits for them, tells the others, and makes the right ones. By one thread. A
+/// function, so that this code is not in the way of what runs in every launch.
+template <class Traits>
+static __device__ __noinline__ void replace_share(const DenseDecodeParams& params, ClusterStorage<Traits>& shared,
+                                                  int head_k) {
+  NarrowProducer<Traits, true> producer(params, shared);
+  producer.drop_share(shared.guess);
+  ptx::mbarrier_arrive(ptx::shared_address(&shared.guess_gone));
+  producer.load_share(shared.share, head_k);
+}
+
 /// Decodes short requests, the CTAs of each and of a tile a cluster: nothing is planned, and pieces are merged within
 /// the cluster's shared memory. Grid: (tiles of query rows, KV heads, requests * params.cluster_size). Otherwise as
 /// decode_kernel.
 ///
 /// What is loaded first depends on a length and on pages, which the grid before may still write. So these are looked at
 /// before that has ended, copies begin at once when it has, and meanwhile another warp looks again: if they have
-/// changed, the copies are made anew.
+/// changed, the others wait until these copies are over, and the right ones are made.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     cluster_decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -62,8 +73,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   ptx::wait_for_previous_grids();
   ptx::launch_dependents();
   const bool is_whole = params.box_tokens == Traits::kBlockN;
-  NarrowProducer<Traits, true> producer(params, shared);
-  if (produces_kv && is_whole && ptx::elect_one()) producer.load_share(shared.guess, head_k);
+  if (produces_kv && is_whole && ptx::elect_one()) {
+    NarrowProducer<Traits, true>(params, shared).load_share(shared.guess, head_k);
+  }
   if (warp == Traits::kQueryWarp && ptx::elect_one()) {
     Kernel::load_known_query(params, shared, tile, head_k, request);
   }
@@ -80,13 +92,14 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const bool is_stale = is_whole && !(share == shared.guess);
   const Piece piece{request, share.seqlen_k, share.begin_block, share.end_block, false, 0};
   if (warpgroup == Traits::kNumConsumers) {
-    if (produces_kv && is_stale && ptx::elect_one()) producer.load_share_anew(shared.guess, share, head_k);
+    if (produces_kv && is_stale && ptx::elect_one()) replace_share(params, shared, head_k);
     if (produces_kv && !is_whole) NarrowProducer<Traits, false>(params, shared).load_piece(piece, head_k);
     __syncwarp();
     ptx::cluster_wait();
     ClusterCombine<Traits>(params, shared, piece).give(warp - Traits::kConsumerWarps);
     return;
   }
+  if (is_stale) ptx::mbarrier_wait(ptx::shared_address(&shared.guess_gone), 0);
   const bool has_blocks = piece.begin_block < piece.end_block;
   const ClusterCombine<Traits> combine(params, shared, piece);
   if (warpgroup < Traits::kNumConsumers) {
@@ -101,13 +114,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
       combine.stage(consumer, warpgroup, 1);
     } else {
       Kernel::drop_known_query(shared);
-      if (is_stale) producer.wait_for_stale_copies();
       combine.stage(consumer, warpgroup, 0);
       combine.stage(consumer, warpgroup, 1);
     }
     combine.run();
   } else {
-    NarrowScorer<Traits> scorer(params, shared, is_stale);
+    NarrowScorer<Traits> scorer(params, shared);
     const float2 total = has_blocks ? scorer.run(piece) : scorer.no_keys();
     combine.weigh(total);
   }

@@ -75,7 +75,7 @@ struct NarrowDecodeKernel {
   static constexpr bool kLoadsQueryFirst = false;
   /// Waits for these copies, which are wrong, and for those of Q, if it is of another request, and makes the barriers
   /// new that they report to.
-  __device__ static void drop_first(Storage& shared, bool with_query) {
+  static __device__ __noinline__ void drop_first(Storage& shared, bool with_query) {
     for (auto& barrier : shared.kv_full[0]) drop(barrier);
     if (with_query) drop(shared.q_full);
     init_kv_full(shared, 0);

@@ -46,20 +46,16 @@ class NarrowProducer {
       at_ = at_ + 1;
     }
   }
-  /// After load_share(guess): the guess was wrong. The right blocks come in the slots' second phases.
-  __device__ __forceinline__ void load_share_anew(const ClusterShare& guess, const ClusterShare& share, int head_k) {
-    for (int slot = guess.end_block - guess.begin_block; slot < Traits::kNumSlots; ++slot) {
-      for (int i = 0; i < Traits::kNumChunks; ++i) ptx::mbarrier_arrive(full_of(slot, i));
+  /// Waits for the copies of a wrong guess, and makes the barriers new that they report to.
+  __device__ __forceinline__ void drop_share(const ClusterShare& guess) {
+    for (int slot = 0; slot < guess.end_block - guess.begin_block; ++slot) {
+      for (int i = 0; i < Traits::kNumChunks; ++i) {
+        ptx::mbarrier_wait(full_of(slot, i), 0);
+        ptx::mbarrier_invalidate(full_of(slot, i));
+        ptx::mbarrier_init(full_of(slot, i), 1);
+      }
     }
-    wait_for_stale_copies();
-    at_ = {};
-    load_share(share, head_k);
-  }
-  /// For the ends of all slots' first phases.
-  __device__ __forceinline__ void wait_for_stale_copies() const {
-    for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
-      for (int i = 0; i < Traits::kNumChunks; ++i) ptx::mbarrier_wait(full_of(slot, i), 0);
-    }
+    ptx::fence_mbarrier_init();
   }
 
   /// A part's first block, before the plan is there. By one thread.

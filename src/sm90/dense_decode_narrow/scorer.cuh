@@ -26,10 +26,8 @@ class NarrowScorer {
   using Accumulator = NarrowAccumulator<Traits>;
 
  public:
-  /// `phase`: of KV's barriers that the first block is there after.
-  __device__ __forceinline__ NarrowScorer(const DenseDecodeParams& params, NarrowStorage<Traits>& shared,
-                                          std::uint32_t phase = 0)
-      : params_(params), shared_(shared), at_{0, phase} {}
+  __device__ __forceinline__ NarrowScorer(const DenseDecodeParams& params, NarrowStorage<Traits>& shared)
+      : params_(params), shared_(shared) {}
 
   /// The maximum and the sum of a row that has seen no key.
   __device__ float2 no_keys() const { return {kNoMax * params_.softmax_scale_log2, 0.0F}; }
