@@ -50,9 +50,9 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
-  /// Whether several tiles read the same KV, in long parts. Then this grid lets no other begin before it has ended: on an
-  /// idle GPU neighbours in a grid are neighbours, and their loads of the same lines become one; placed on SMs as a grid
-  /// leaves them, the tiles of one KV are far from each other.
+  /// Whether several tiles read the same KV, in long parts. Then this grid lets no other begin before it has ended: on
+  /// an idle GPU neighbours in a grid are neighbours, and their loads of the same lines become one; placed on SMs as a
+  /// grid leaves them, the tiles of one KV are far from each other.
   bool shares_kv;
 
   /// CTAs that work a request and a tile together, as a cluster, without a plan; 0: there is a plan.
