@@ -12,6 +12,7 @@
 #include "sm90/dense_decode/scorer.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
+#include "sm90/primitives/renew.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/warp.cuh"
@@ -74,8 +75,10 @@ struct DenseDecodeKernel {
   /// Waits for copies of Q, if they are of the wrong request, and makes the barriers new that they report to.
   static __device__ __noinline__ void drop_first(Storage& shared, bool with_query) {
     if (!with_query) return;
-    renew(shared.q_full);
-    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) renew(shared.pair_full[i]);
+    renew_mbarrier(ptx::shared_address(&shared.q_full));
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
+      renew_mbarrier(ptx::shared_address(&shared.pair_full[i]));
+    }
     ptx::fence_mbarrier_init();
   }
 
@@ -142,12 +145,6 @@ struct DenseDecodeKernel {
       producer.load_piece(piece, head_k, has_first);
   }
 
-  /// After its first phase, of one arrival.
-  __device__ static void renew(std::uint64_t& barrier) {
-    ptx::mbarrier_wait(ptx::shared_address(&barrier), 0);
-    ptx::mbarrier_invalidate(ptx::shared_address(&barrier));
-    init(barrier, 1);
-  }
   __device__ static void init(std::uint64_t& barrier, int arrivals) {
     ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
   }

@@ -7,6 +7,7 @@
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode_narrow/cluster_share.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/renew.cuh"
 #include "sm90/primitives/ring.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -49,11 +50,7 @@ class NarrowProducer {
   /// Waits for the copies of a wrong guess, and makes the barriers new that they report to.
   __device__ __forceinline__ void drop_share(const ClusterShare& guess) {
     for (int slot = 0; slot < guess.end_block - guess.begin_block; ++slot) {
-      for (int i = 0; i < Traits::kNumChunks; ++i) {
-        ptx::mbarrier_wait(full_of(slot, i), 0);
-        ptx::mbarrier_invalidate(full_of(slot, i));
-        ptx::mbarrier_init(full_of(slot, i), 1);
-      }
+      for (int i = 0; i < Traits::kNumChunks; ++i) renew_mbarrier(full_of(slot, i));
     }
     ptx::fence_mbarrier_init();
   }
