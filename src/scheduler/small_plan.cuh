@@ -32,10 +32,9 @@ class SmallPlan {
     const std::int32_t piece_cost = min(parts.divide(work) - 1, static_cast<std::int32_t>(kMaxPieceCost));
     const std::int32_t total_cost = work + piece_cost * num_nonempty;
     const std::int32_t share = parts.divide(total_cost);
-    const std::int32_t merge_cost =
-        min(share / static_cast<std::int32_t>(kMergeShare), static_cast<std::int32_t>(kMaxMergeCost));
     continued_pieces = 0;
-    if (__all_sync(kAllLanes, blocks <= share + merge_cost)) {  // both have a piece's cost, and a block is never more
+    if (__all_sync(kAllLanes,
+                   blocks <= share + merge_cost(share))) {  // both have a piece's cost, and a block is never more
       SplitPlan::write_empty(row, part, batch_size);
       if (part < batch_size) row = {part, 0, part, kToEnd, 1, part, {}};
       return true;

@@ -29,11 +29,14 @@ namespace flash_mla::scheduler {
 constexpr int kBlockN = 64;
 
 /// What a piece costs beside its blocks (load of Q, epilogue, combine), in blocks.
-constexpr std::int64_t kMaxPieceCost = 5;
+constexpr std::int64_t kMaxPieceCost = 2;
 
-/// What merging split requests costs a part, in blocks; and the share of a part's work that may be given for it.
-constexpr std::int64_t kMaxMergeCost = 6;
-constexpr std::int64_t kMergeShare = 16;
+/// What merging split requests costs a part, in blocks: a fixed time, of which short parts give no more than a quarter
+/// of their work; and a share of the work in long parts, whose CTAs end the further apart.
+constexpr std::int32_t kMergeTime = 3;
+constexpr std::int32_t kMaxMergeCost = 7;
+constexpr std::int32_t kShortMergeShare = 4;
+constexpr std::int32_t kMergeShare = 16;
 
 /// Parts of a plan: more than any Hopper GPU has SMs.
 constexpr std::int32_t kMaxParts = 160;
@@ -74,6 +77,14 @@ FLASH_MLA_HOST_DEVICE inline std::int64_t num_blocks(std::int32_t seqlen_k) {
 FLASH_MLA_HOST_DEVICE inline std::int64_t divide(std::int64_t a, std::int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
   return a / b;
+}
+
+/// How much more than its share, in blocks, a part may cost if no request is split.
+template <class Int>
+FLASH_MLA_HOST_DEVICE constexpr Int merge_cost(Int share) {
+  const Int time = share / kShortMergeShare < kMergeTime ? share / kShortMergeShare : kMergeTime;
+  const Int of_work = share / kMergeShare < kMaxMergeCost ? share / kMergeShare : kMaxMergeCost;
+  return time < of_work ? of_work : time;
 }
 
 /// Sums over all requests, from which the plan follows.
@@ -142,8 +153,7 @@ class SplitPlan {
   /// Whether a part with whole requests may cost this much.
   FLASH_MLA_HOST_DEVICE bool allows_whole(std::int64_t part_cost) const {
     const std::int64_t share = divide(total_cost_, num_parts_);
-    const std::int64_t merge_cost = share / kMergeShare < kMaxMergeCost ? share / kMergeShare : kMaxMergeCost;
-    return part_cost <= share + piece_cost_ + merge_cost;
+    return part_cost <= share + piece_cost_ + merge_cost(share);
   }
   /// Blocks that a part works at least and may work at most where requests have parts of their own.
   FLASH_MLA_HOST_DEVICE std::int64_t least_quota(const Workload& work, std::int64_t max_parts) const {

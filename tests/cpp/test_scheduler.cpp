@@ -109,7 +109,7 @@ TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
       for (const std::int32_t seqlen : seqlens) work.add(seqlen);
       const SplitPlan split(work, num_parts);
       const std::int64_t bound = split.total_cost() / split.num_parts() + split.piece_cost() + 1 +
-                                 std::min(kMaxMergeCost, split.total_cost() / split.num_parts() / kMergeShare);
+                                 merge_cost(split.total_cost() / split.num_parts());
       for (const Part& part : plan.parts) {
         std::int64_t cost = 0;
         for (std::int32_t i = part.begin_request; i <= part.end_request; ++i) {
