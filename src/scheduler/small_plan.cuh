@@ -33,8 +33,8 @@ class SmallPlan {
     const std::int32_t total_cost = work + piece_cost * num_nonempty;
     const std::int32_t share = parts.divide(total_cost);
     continued_pieces = 0;
-    if (__all_sync(kAllLanes,
-                   blocks <= share + merge_cost(share))) {  // both have a piece's cost, and a block is never more
+    // Both sides have a piece's cost beside, and a block is never more.
+    if (__all_sync(kAllLanes, blocks <= share + merge_cost(share))) {
       SplitPlan::write_empty(row, part, batch_size);
       if (part < batch_size) row = {part, 0, part, kToEnd, 1, part, {}};
       return true;
