@@ -129,6 +129,24 @@ INSTANTIATE_TEST_SUITE_P(Lengths, SchedulerTest,
                          testing::Values("zero", "one", "equal", "short", "sparse", "long", "negative"),
                          [](const auto& info) { return info.param; });
 
+TEST(Scheduler, SplitsEqualRequestsWhereBalanceIsWorthMerging) {
+  struct Case {
+    int batch_size;
+    int blocks;  // of each request
+    bool is_split;
+  };
+  // On 132 parts. Blocks of the longest part if none is split, and of a part's share: 128 and 124, 128 and 116, 16 and
+  // 12, 32 and 22, 128 and 97, 128 and 128.
+  for (const Case& c : {Case{128, 128, false}, Case{120, 128, true}, Case{100, 16, false}, Case{90, 32, true},
+                        Case{200, 64, true}, Case{264, 64, false}}) {
+    SCOPED_TRACE(std::to_string(c.batch_size) + " requests of " + std::to_string(c.blocks) + " blocks");
+    const Plan plan = make_plan(std::vector<std::int32_t>(c.batch_size, c.blocks * kBlockN), 132);
+    const bool is_split =
+        std::any_of(plan.parts.begin(), plan.parts.end(), [](const Part& part) { return part.num_pieces > 1; });
+    EXPECT_EQ(is_split, c.is_split);
+  }
+}
+
 TEST(Scheduler, BalancesOneLongRequestWithinOneBlock) {
   for (const std::int32_t seqlen : {64, 640, 8192, 65536, 1 << 20}) {
     for (const int num_parts : {2, 33, 66, 132}) {
