@@ -8,21 +8,30 @@
 namespace flash_mla::sm90 {
 
 /// The first KV block of a part, as the plan, the length and the block table look while the grids before still run, and
-/// may be writing them: a guess, by which copies begin as soon as these grids have ended. By one warp; each lane keeps
-/// a word that the guess rests on.
+/// may be writing them: a guess, by which copies begin as soon as these grids have ended. A load behind copies waits
+/// for them, so the guess tells, too, what is needed next: the length, and the page of the block after. By one warp;
+/// each lane keeps a word that the guess rests on.
 ///
 /// None where pages have fewer than 64 tokens, where the plan of several requests is made in the kernel, and for long
 /// parts whose tiles share KV, which have nothing to win.
 class FirstBlock {
  public:
-  FirstBlock() = default;
-  __device__ __forceinline__ FirstBlock(const DenseDecodeParams& params, int part_idx) {
-    if (params.box_tokens < scheduler::kBlockN || params.shares_kv) return;
-    if (params.parts == nullptr && params.batch_size > 1) return;
+  /// Asks for what comes first: the part's row, or the length of the only request.
+  __device__ __forceinline__ void begin_to_look(const DenseDecodeParams& params, int part_idx) {
+    if (params.box_tokens < scheduler::kBlockN) return;
+    const int lane = threadIdx.x % 32;
+    if (params.parts != nullptr) {
+      if (lane < kWordsOfPart) look_at(reinterpret_cast<const int*>(params.parts + part_idx) + lane);
+    } else if (params.batch_size == 1) {
+      if (lane == kLaneOfLength) look_at(params.cache_seqlens);
+    }
+  }
+  /// Looks at the rest.
+  __device__ __forceinline__ void look(const DenseDecodeParams& params, int part_idx) {
+    if (!__any_sync(~0U, from_ != nullptr)) return;
     const int lane = threadIdx.x % 32;
     scheduler::Part part;
     if (params.parts != nullptr) {
-      if (lane < kWordsOfPart) look_at(reinterpret_cast<const int*>(params.parts + part_idx) + lane);
       part.begin_request = __shfl_sync(~0U, value_, 0);
       part.begin_block = max(__shfl_sync(~0U, value_, 1), 0);
       part.end_request = min(__shfl_sync(~0U, value_, 2), params.batch_size - 1);
@@ -30,23 +39,24 @@ class FirstBlock {
       if (part.begin_request < 0 || part.begin_request > part.end_request) return;
       if (lane == kLaneOfLength) look_at(params.cache_seqlens + part.begin_request);
     } else {
-      if (lane == kLaneOfLength) look_at(params.cache_seqlens);
-      const int seqlen_k = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
-      if (seqlen_k > scheduler::SmallPlan::kMaxSeqlen) return;
-      scheduler::SmallPlan::make_alone(seqlen_k, params.num_parts, part_idx, part);
+      const int length = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
+      if (length > scheduler::SmallPlan::kMaxSeqlen) return;
+      scheduler::SmallPlan::make_alone(length, params.num_parts, part_idx, part);
       if (part.begin_request > part.end_request) return;
     }
     request = part.begin_request;
     block = part.begin_block;
-    if (block >= scheduler::num_blocks(params.max_seqlen_k)) return;
-    if (lane == kLaneOfPage) {
+    const int last_of_table = last_block(params.max_seqlen_k);
+    if (block > last_of_table) return;
+    if (lane == kLaneOfPage || lane == kLaneOfNextPage) {
+      const int its = min(block + lane - kLaneOfPage, last_of_table);
       look_at(params.block_table + part.begin_request * params.stride_block_table +
-              (block * scheduler::kBlockN >> params.page_size_log2));
+              (its * scheduler::kBlockN >> params.page_size_log2));
     }
-    const int seqlen_k = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
+    seqlen_k = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
     page = __shfl_sync(~0U, value_, kLaneOfPage);
-    exists =
-        block < scheduler::num_blocks(seqlen_k) && (part.begin_request < part.end_request || block < part.end_block);
+    next_page = __shfl_sync(~0U, value_, kLaneOfNextPage);
+    exists = block <= last_block(seqlen_k) && (part.begin_request < part.end_request || block < part.end_block);
   }
 
   /// Looks at the lane's word again.
@@ -56,13 +66,21 @@ class FirstBlock {
 
   bool exists = false;
   int request = 0;
+  int seqlen_k = 0;
   int block = 0;
   int page = 0;
+  int next_page = 0;  // of the next block, if the request has one
 
  private:
+  static constexpr int kBlockLog2 = 6;
+  static_assert(scheduler::kBlockN == 1 << kBlockLog2);
   static constexpr int kWordsOfPart = 4;
   static constexpr int kLaneOfLength = kWordsOfPart;
   static constexpr int kLaneOfPage = kLaneOfLength + 1;
+  static constexpr int kLaneOfNextPage = kLaneOfPage + 1;
+
+  /// -1 if there is none. (scheduler::num_blocks takes 64 bits, and so longer.)
+  __device__ static int last_block(int seqlen_k) { return (max(seqlen_k, 0) - 1) >> kBlockLog2; }
 
   __device__ __forceinline__ void look_at(const int* from) {
     from_ = from;

@@ -32,7 +32,6 @@ struct DenseDecodeKernel {
       init(shared.q_empty, kWarps);
       init(shared.qk_done, kWarps);
       init(shared.rows_taken, Traits::kConsumerWarps);
-      for (auto& barrier : shared.rope_full) init(barrier, 1);
       for (auto& barrier : shared.rope_empty) init(barrier, Traits::kConsumerWarps);
       for (auto& barrier : shared.p_full) init(barrier, Traits::kWarpgroupThreads);
       for (auto& barrier : shared.rescale_full) init(barrier, Traits::kWarpgroupThreads / 4);
@@ -45,10 +44,15 @@ struct DenseDecodeKernel {
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// Barriers that copies of Q report to. By a thread.
+  /// Barriers that copies of Q report to, and what copies of KV report to. By a thread of the warp that asks for them.
   __device__ static void init_query(Storage& shared) {
     init(shared.q_full, 1);
-    for (auto& barrier : shared.pair_full) init(barrier, 1);
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) init(shared.pair_full[i], 1);
+    ptx::fence_mbarrier_init();
+  }
+  __device__ static void init_kv(Storage& shared) {
+    for (int i = Traits::kNumRegisterPairs; i < Traits::kPairSlots; ++i) init(shared.pair_full[i], 1);
+    for (auto& barrier : shared.rope_full) init(barrier, 1);
     ptx::fence_mbarrier_init();
   }
   /// Of the part's first request, before there is a plan. By a thread.
@@ -86,7 +90,7 @@ struct DenseDecodeKernel {
   __device__ __forceinline__ static void score(const DenseDecodeParams& params, Storage& shared,
                                                const QueryTile& /*tile*/, int /*head_k*/, int part_idx) {
     Scorer<Traits> scorer(params, shared);
-    PieceWalk walk(params, shared.plan.part, part_idx);
+    PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     while (walk.next(piece)) {
       if (piece.begin_block < piece.end_block) scorer.run(piece);
@@ -97,7 +101,7 @@ struct DenseDecodeKernel {
   __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
     Consumer<Traits> consumer(shared, warpgroup);
-    PieceWalk walk(params, shared.plan.part, part_idx);
+    PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     while (walk.next(piece)) {
       consumer.reset();
@@ -106,6 +110,7 @@ struct DenseDecodeKernel {
       if (piece.is_whole) {
         const Epilogue<Traits> epilogue(params, piece, warpgroup);
         const RowCoordinate* const rows = &shared.rows[fresh_fragment_row()];
+        consumer.finish_first_half(has_blocks);
         epilogue.write(rows, 0, consumer.o[0], consumer.row_sum);
         consumer.finish(has_blocks);
         epilogue.write(rows, 1, consumer.o[1], consumer.row_sum);
@@ -114,6 +119,7 @@ struct DenseDecodeKernel {
         PartialEpilogue<Traits> epilogue(params, piece, tile.index(params.tiling, head_k), warpgroup);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         const bool is_read = shared.plan.is_read(piece.slot);
+        consumer.finish_first_half(has_blocks);
         if (is_read) epilogue.write_first_half(consumer.o[0]);
         consumer.finish(has_blocks);
         if (is_read) epilogue.write_rest(consumer.o, consumer.row_max, consumer.row_sum);
@@ -139,7 +145,7 @@ struct DenseDecodeKernel {
                                                     int part_idx) {
     Producer<Traits, kIsWhole> producer(params, shared);
     if (!producer.is_active()) return;
-    PieceWalk walk(params, shared.plan.part, part_idx);
+    PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     for (bool has_first = shared.plan.has_first != 0; walk.next(piece); has_first = false)
       producer.load_piece(piece, head_k, has_first);

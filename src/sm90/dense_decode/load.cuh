@@ -33,16 +33,18 @@ class Producer {
     load_block(first.block, {first.page, first.page}, head_k);
   }
 
-  /// `has_first`: the first block is on its way.
+  /// `has_first`: the first block is on its way, and the next one's page known.
   __device__ void load_piece(const Piece& piece, int head_k, bool has_first) {
     if (piece.begin_block == piece.end_block) return;
     pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q: README.md says why they need not be waited for
+    typename Boxes::Pages pages{shared_.plan.next_page, shared_.plan.next_page};
     if (has_first) {
       pair_ = pair_ + Traits::kPairsPerBlock;
       rope_ = rope_ + 1;
+    } else {
+      pages = boxes_.look_up(piece, piece.begin_block);
     }
     const int begin_block = piece.begin_block + static_cast<int>(has_first);
-    typename Boxes::Pages pages = boxes_.look_up(piece, begin_block);
 #pragma unroll 1
     for (int block = begin_block; block < piece.end_block; ++block) {
       const typename Boxes::Pages next_pages = boxes_.look_up(piece, block + 1);  // a block ahead, to hide its latency

@@ -34,8 +34,9 @@ class Consumer {
     row_sum[0] = row_sum[1] = 0.0F;
   }
 
-  /// O (this warpgroup's columns), row maxima and row sums of a piece with at least one block, but for the second half
-  /// of the columns, which `finish` waits for: the first half can be stored meanwhile.
+  /// O (this warpgroup's columns), row maxima and row sums of a piece with at least one block. PV of the last one goes
+  /// on: what comes before finish_first_half and finish costs no time, and the first half of the columns can be stored
+  /// between these.
   __device__ __forceinline__ void run(const Piece& piece) {
     pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q
 #pragma unroll 1
@@ -47,14 +48,18 @@ class Consumer {
       const int second = (pair_ + (Traits::kPairsPerConsumer * warpgroup_ + 1)).slot;
       issue_pv(o[0], first);
       issue_pv(o[1], second);
-      const bool is_last = block == piece.end_block - 1;
-      if (is_last) take_rows();
+      if (block == piece.end_block - 1) break;
       ptx::wgmma_wait<1>();
       arrive_of_warp(shared_.pair_empty[first]);
-      if (is_last) break;
       ptx::wgmma_wait<0>();
       release_rest(second);
     }
+    take_rows();
+  }
+  /// Waits for half of PV, and gives back its memory.
+  __device__ __forceinline__ void finish_first_half(bool has_block) {
+    ptx::wgmma_wait<1>();
+    if (has_block) arrive_of_warp(shared_.pair_empty[(pair_ + Traits::kPairsPerConsumer * warpgroup_).slot]);
   }
   /// Waits for all of PV, and gives back the last block, if there is one.
   __device__ __forceinline__ void finish(bool has_block) {

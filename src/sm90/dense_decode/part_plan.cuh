@@ -53,9 +53,11 @@ struct SliceRange {
 struct PartPlan {
   scheduler::Part part;
   /// What is loaded before there is a plan: the request whose Q is, or -1, and whether that and its first block are
-  /// right.
+  /// right. If so, the request's length and the page of the block after are known, too.
   int first_request;
   int has_first;
+  int first_seqlen_k;
+  int next_page;
   /// The request that the part continues, or helps to merge without a piece of it, and the one that it begins and does
   /// not end.
   SplitRequest splits[2];

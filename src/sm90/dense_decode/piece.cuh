@@ -1,6 +1,7 @@
 #pragma once
 
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/part_plan.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -18,8 +19,8 @@ struct Piece {
 /// for each piece: consumers have no registers to keep it in.
 class PieceWalk {
  public:
-  __device__ PieceWalk(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx)
-      : params_(params), part_(part), part_idx_(part_idx), request_(max(part.begin_request, 0)) {}
+  __device__ PieceWalk(const DenseDecodeParams& params, const PartPlan& plan, int part_idx)
+      : params_(params), plan_(plan), part_(plan.part), part_idx_(part_idx), request_(max(part_.begin_request, 0)) {}
 
   __device__ bool next(Piece& piece) {
     const int last = min(part_.end_request, params_.batch_size - 1);
@@ -27,7 +28,11 @@ class PieceWalk {
     const int begin = request_ == part_.begin_request ? max(part_.begin_block, 0) : 0;
     const int end = request_ == part_.end_request ? part_.end_block : scheduler::kToEnd;
     piece.request = request_;
-    piece.seqlen_k = min(params_.cache_seqlens[request_], params_.max_seqlen_k);
+    if (plan_.has_first != 0 && request_ == part_.begin_request) {
+      piece.seqlen_k = plan_.first_seqlen_k;  // a load behind copies waits for them
+    } else {
+      piece.seqlen_k = min(params_.cache_seqlens[request_], params_.max_seqlen_k);
+    }
     piece.end_block = min(end, static_cast<int>(scheduler::num_blocks(piece.seqlen_k)));
     piece.begin_block = min(begin, piece.end_block);
     piece.is_whole = begin == 0 && end == scheduler::kToEnd;
@@ -38,15 +43,16 @@ class PieceWalk {
 
  private:
   const DenseDecodeParams& params_;
+  const PartPlan& plan_;
   const scheduler::Part& part_;
   const int part_idx_;
   int request_;
 };
 
 /// Whether the part's first piece has blocks.
-__device__ __forceinline__ bool has_blocks(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx) {
+__device__ __forceinline__ bool has_blocks(const DenseDecodeParams& params, const PartPlan& plan, int part_idx) {
   Piece piece;
-  return PieceWalk(params, part, part_idx).next(piece) && piece.begin_block < piece.end_block;
+  return PieceWalk(params, plan, part_idx).next(piece) && piece.begin_block < piece.end_block;
 }
 
 }  // namespace flash_mla::sm90

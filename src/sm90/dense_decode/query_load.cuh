@@ -59,7 +59,7 @@ template <class Storage, class Load>
 __device__ __forceinline__ void for_each_query(const DenseDecodeParams& params, Storage& shared, int part_idx,
                                                const Load& load) {
   std::uint32_t phase = 0;
-  PieceWalk walk(params, shared.plan.part, part_idx);
+  PieceWalk walk(params, shared.plan, part_idx);
   Piece piece;
   for (bool has_query = shared.plan.has_first != 0; walk.next(piece); has_query = false) {
     if (piece.begin_block == piece.end_block) continue;

@@ -27,15 +27,13 @@ struct ClusterStorage : NarrowStorage<Traits> {
   float weights[kMaxClusterSize][Traits::kRows];  // what its values are multiplied with
   ClusterShare guess;                             // before the grid before has ended
   ClusterShare share;
-  std::uint64_t share_known;  // an mbarrier for one arrival
-  std::uint64_t guess_gone;   // the same: copies by a wrong guess are over
-  std::uint64_t staged[2];    // ones for an arrival by each consumer thread: a half of each one's columns can be given
+  std::uint64_t guess_gone;  // an mbarrier for one arrival: copies by a wrong guess are over
+  std::uint64_t staged[2];   // ones for an arrival by each consumer thread: a half of each one's columns can be given
   std::uint64_t weighed;  // for one by each consumer and scorer thread: the own piece is staged, and weights are found
   std::uint64_t rows_received;  // ones for one arrival, with the bytes of all other pieces
   std::uint64_t values_received;
 
   __device__ void init_cluster_barriers() {
-    ptx::mbarrier_init(ptx::shared_address(&share_known), 1);
     ptx::mbarrier_init(ptx::shared_address(&guess_gone), 1);
     for (auto& barrier : staged) ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kConsumerThreads);
     ptx::mbarrier_init(ptx::shared_address(&weighed), Traits::kConsumerThreads + Traits::kWarpgroupThreads);

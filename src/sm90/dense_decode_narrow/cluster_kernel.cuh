@@ -56,19 +56,17 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     ptx::prefetch_tensor_map(&params.k_cache_map);
     shared.init_cluster_barriers();
   }
-  if (warpgroup < Traits::kNumConsumers) Kernel::init_but_kv_full(params, shared);
+  if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
   if (produces_kv) {
-    const ClusterShare guess(params, request);
+    const int looked = ClusterShare::look(params, request);
+    if (ptx::elect_one()) Kernel::init_kv(shared);
+    __syncwarp();
+    const ClusterShare guess(params, looked);
     if (threadIdx.x % 32 == 0) shared.guess = guess;
   }
-  if (threadIdx.x == 32 * Traits::kQueryWarp) {
-    Kernel::init_query(shared);
-    Kernel::init_kv_full(shared, 0);
-  }
-  if (threadIdx.x == 32 * Traits::kPlanWarp) Kernel::init_kv_full(shared, 1);
+  if (threadIdx.x == 32 * Traits::kQueryWarp) Kernel::init_query(shared);
   if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
-  __syncwarp();  // lanes that have parted do not meet the others of the CTA as one
-  __syncthreads();
+  __syncwarp();
   ptx::cluster_arrive();  // barriers are initialised, and visible to the cluster by fence_mbarrier_init
   ptx::wait_for_previous_grids();
   ptx::launch_dependents();
@@ -80,14 +78,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     Kernel::load_known_query(params, shared, tile, head_k, request);
   }
   if (warp == Traits::kPlanWarp) {
-    const ClusterShare share(params, request);
-    if (threadIdx.x % 32 == 0) {
-      shared.share = share;
-      ptx::mbarrier_arrive(ptx::shared_address(&shared.share_known));
-    }
+    const ClusterShare share(params, ClusterShare::look(params, request));
+    if (threadIdx.x % 32 == 0) shared.share = share;
   }
-  __syncwarp();
-  ptx::mbarrier_wait(ptx::shared_address(&shared.share_known), 0);
+  __syncwarp();  // lanes that have parted do not meet the others of the CTA as one
+  __syncthreads();
   const ClusterShare& share = shared.share;
   const bool is_stale = is_whole && !(share == shared.guess);
   const Piece piece{request, share.seqlen_k, share.begin_block, share.end_block, false, 0};

@@ -14,11 +14,10 @@ struct ClusterShare {
   int end_block;
   int pages[kClusterBlocksPerCta];
 
-  ClusterShare() = default;
-  /// As the length and the block table are now, though other grids may be writing them. By one warp, all of whose loads
-  /// are on their way together: a lane looks up each of the blocks that the request may have, and one the length.
-  __device__ __forceinline__ ClusterShare(const DenseDecodeParams& params, int request) {
-    constexpr int kMaxBlocks = kClusterBlocksPerCta * kMaxClusterSize;
+  /// Asks for what a share rests on, as the length and the block table are now, though other grids may be writing them.
+  /// By one warp, all of whose loads are on their way together: a lane looks up each of the blocks that the request may
+  /// have, and one the length.
+  __device__ __forceinline__ static int look(const DenseDecodeParams& params, int request) {
     static_assert(kMaxBlocks < 32);
     const int lane = threadIdx.x % 32;
     const int token = lane * scheduler::kBlockN;
@@ -26,7 +25,12 @@ struct ClusterShare {
     if (lane < kMaxBlocks && token < params.max_seqlen_k) {
       from = params.block_table + request * params.stride_block_table + (token >> params.page_size_log2);
     }
-    const int value = ptx::load_relaxed(from);
+    return ptx::load_relaxed(from);
+  }
+
+  ClusterShare() = default;
+  /// Of what each lane has got by `look`.
+  __device__ __forceinline__ ClusterShare(const DenseDecodeParams& params, int value) {
     seqlen_k = min(__shfl_sync(~0U, value, kMaxBlocks), params.max_seqlen_k);
     const auto blocks = static_cast<int>(scheduler::num_blocks(seqlen_k));
     const int rank = ptx::cta_z() % params.cluster_size;
@@ -45,6 +49,9 @@ struct ClusterShare {
     for (int i = 0; i < kClusterBlocksPerCta; ++i) is_same &= pages[i] == other.pages[i];
     return is_same;
   }
+
+ private:
+  static constexpr int kMaxBlocks = kClusterBlocksPerCta * kMaxClusterSize;
 };
 
 }  // namespace flash_mla::sm90

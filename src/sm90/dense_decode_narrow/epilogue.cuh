@@ -67,27 +67,32 @@ class NarrowEpilogue {
       : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
   /// A thread stores to one of each 8 rows, that of its lane / 4: 8 columns and 8 rows at a time are transposed, so
-  /// that it stores two columns of a row.
+  /// that it has two columns of a row, then neighbours exchange theirs of the next 8 columns, so that each has four in
+  /// a row and a row's four threads write 32 bytes.
   __device__ __forceinline__ void write_final(const Consumer& consumer, const Piece& piece) {
     float inverse[Traits::kRowsPerThread];
     take_sums(piece, inverse);
     const FinalOutput<Element> output{params_, piece.request};
+    const int in_quad = static_cast<int>(threadIdx.x) % 4;
+    const bool is_odd = in_quad % 2 != 0;
     const int first_column = warpgroup_ * Traits::kOwnChunks * Traits::kChunkColumns +
-                             static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + threadIdx.x % 4 * 2;
+                             static_cast<int>(threadIdx.x) % Traits::kWarpgroupThreads / 32 * 16 + in_quad % 2 * 8 +
+                             in_quad / 2 * 4;
 #pragma unroll
     for (int group = 0; group < Traits::kRows / 8; ++group) {
       const RowCoordinate& at = shared_.rows[8 * group + threadIdx.x % 32 / 4];
       Element* const row = output.row(at) + first_column;
 #pragma unroll
       for (int chunk = 0; chunk < Traits::kOwnChunks; ++chunk) {
+        std::uint32_t values[2];
 #pragma unroll
-        for (int i = 4 * group; i < 4 * group + 4; i += 2) {
-          const auto& o = consumer.o[chunk];
-          const std::uint32_t values =
-              ptx::transpose_matrix(pack<Element>(o[i] * inverse[2 * group], o[i + 1] * inverse[2 * group + 1]));
-          Element* const to = row + chunk * Traits::kChunkColumns + i / 2 % 2 * 8;
-          if (at.is_valid()) *reinterpret_cast<std::uint32_t*>(to) = values;
+        for (int j = 0; j < 2; ++j) {
+          const float* const o = &consumer.o[chunk][4 * group + 2 * j];
+          values[j] = ptx::transpose_matrix(pack<Element>(o[0] * inverse[2 * group], o[1] * inverse[2 * group + 1]));
         }
+        const std::uint32_t others = __shfl_xor_sync(~0U, is_odd ? values[0] : values[1], 1);
+        const uint2 four = is_odd ? make_uint2(others, values[1]) : make_uint2(values[0], others);
+        if (at.is_valid()) *reinterpret_cast<uint2*>(row + chunk * Traits::kChunkColumns) = four;
       }
     }
   }

@@ -9,6 +9,7 @@
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/scorer.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/renew.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/warp.cuh"
@@ -23,18 +24,6 @@ struct NarrowDecodeKernel {
   using Storage = NarrowStorage<Traits>;
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
-    static_assert(Traits::kNumSlots == 2);
-    if (threadIdx.x == 32) init_kv_full(shared, 0);
-    if (threadIdx.x == 64) init_kv_full(shared, 1);
-    init_but_kv_full(params, shared);
-  }
-  /// Barriers that copies to a slot report to. By a thread, and not by a lane for each: barriers are initialised one at
-  /// a time all the same.
-  __device__ static void init_kv_full(Storage& shared, int slot) {
-    for (auto& barrier : shared.kv_full[slot]) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
-    ptx::fence_mbarrier_init();
-  }
-  __device__ static void init_but_kv_full(const DenseDecodeParams& params, Storage& shared) {
     if (threadIdx.x == 0) {
       ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kWarpgroupWarps);
       ptx::mbarrier_init(ptx::shared_address(&shared.sums_full), Traits::kRows);
@@ -50,9 +39,16 @@ struct NarrowDecodeKernel {
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// The barrier that copies of Q report to. By a thread.
+  /// The barrier that copies of Q report to, and those of KV's copies. By a thread of the warp that asks for them, and
+  /// not by a lane for each: barriers are initialised one at a time all the same.
   __device__ static void init_query(Storage& shared) {
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+    ptx::fence_mbarrier_init();
+  }
+  __device__ static void init_kv(Storage& shared) {
+    for (auto& slot : shared.kv_full) {
+      for (auto& barrier : slot) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
+    }
     ptx::fence_mbarrier_init();
   }
   /// Of the part's first request, before there is a plan. By a thread.
@@ -76,10 +72,9 @@ struct NarrowDecodeKernel {
   /// Waits for these copies, which are wrong, and for those of Q, if it is of another request, and makes the barriers
   /// new that they report to.
   static __device__ __noinline__ void drop_first(Storage& shared, bool with_query) {
-    for (auto& barrier : shared.kv_full[0]) drop(barrier);
-    if (with_query) drop(shared.q_full);
-    init_kv_full(shared, 0);
-    if (with_query) init_query(shared);
+    for (auto& barrier : shared.kv_full[0]) renew_mbarrier(ptx::shared_address(&barrier));
+    if (with_query) renew_mbarrier(ptx::shared_address(&shared.q_full));
+    ptx::fence_mbarrier_init();
   }
 
   /// The scorer's walk over the part's pieces.
@@ -87,7 +82,7 @@ struct NarrowDecodeKernel {
                                                int head_k, int part_idx) {
     NarrowScorer<Traits> scorer(params, shared);
     NarrowRowEpilogue<Traits> epilogue(params, shared, tile.index(params.tiling, head_k));
-    PieceWalk walk(params, shared.plan.part, part_idx);
+    PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     while (walk.next(piece)) {
       float2 total = scorer.no_keys();
@@ -103,7 +98,7 @@ struct NarrowDecodeKernel {
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
     NarrowConsumer<Traits> consumer(shared, warpgroup);
     NarrowEpilogue<Traits> epilogue(params, shared, warpgroup);
-    PieceWalk walk(params, shared.plan.part, part_idx);
+    PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     while (walk.next(piece)) {
       const bool has_blocks = piece.begin_block < piece.end_block;
@@ -140,15 +135,11 @@ struct NarrowDecodeKernel {
   }
 
  private:
-  __device__ static void drop(std::uint64_t& barrier) {
-    ptx::mbarrier_wait(ptx::shared_address(&barrier), 0);
-    ptx::mbarrier_invalidate(ptx::shared_address(&barrier));
-  }
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
                                                     int part_idx) {
     NarrowProducer<Traits, kIsWhole> producer(params, shared);
-    PieceWalk walk(params, shared.plan.part, part_idx);
+    PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     for (bool has_first = shared.plan.has_first != 0; walk.next(piece); has_first = false)
       producer.load_piece(piece, head_k, has_first);

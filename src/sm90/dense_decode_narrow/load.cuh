@@ -33,6 +33,7 @@ class NarrowProducer {
  public:
   __device__ NarrowProducer(const DenseDecodeParams& params, NarrowStorage<Traits>& shared)
       : params_(params),
+        shared_(shared),
         lane_(kIsWhole ? 0 : threadIdx.x % 32),
         box_tokens_(kIsWhole ? Traits::kBlockN : params.box_tokens),
         kv_(ptx::shared_address(shared.kv)),
@@ -60,11 +61,14 @@ class NarrowProducer {
     load_whole_block(first.block, first.page, head_k);
   }
 
-  /// `has_first`: the first block is on its way.
+  /// `has_first`: the first block is on its way, and the next one's page known.
   __device__ void load_piece(const Piece& piece, int head_k, bool has_first = false) {
     const int begin_block = piece.begin_block + static_cast<int>(has_first);
     at_ = at_ + static_cast<int>(has_first);
-    BlockPages pages = look_up(piece, begin_block);
+    BlockPages pages{shared_.plan.next_page, kNoPage};
+    if (!has_first) pages = look_up(piece, begin_block);
+    // Where the second block is the last, those parts that begin early would else be done early, as all share memory.
+    if (has_first && begin_block + 1 == piece.end_block) ptx::mbarrier_wait(full_of(0, Traits::kNumChunks - 1), 0);
 #pragma unroll 1
     for (int block = begin_block; block < piece.end_block; ++block) {
       const BlockPages next_pages = look_up(piece, block + 1);  // a block ahead, to hide its latency
@@ -127,6 +131,7 @@ class NarrowProducer {
   static constexpr int kNoPage = -1;
 
   const DenseDecodeParams& params_;
+  const NarrowStorage<Traits>& shared_;
   const int lane_;
   const int box_tokens_;
   const std::uint32_t kv_, kv_full_, kv_empty_;
