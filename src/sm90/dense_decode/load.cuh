@@ -33,7 +33,7 @@ class Producer {
     load_block(first.block, {first.page, first.page}, head_k);
   }
 
-  /// `has_first`: the first block is on its way, and the next one's page known.
+  /// `has_first`: the first block is on its way, and the next one's page is known.
   __device__ void load_piece(const Piece& piece, int head_k, bool has_first) {
     if (piece.begin_block == piece.end_block) return;
     pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q: README.md says why they need not be waited for

@@ -61,18 +61,18 @@ class NarrowProducer {
     load_whole_block(first.block, first.page, head_k);
   }
 
-  /// `has_first`: the first block is on its way, and the next one's page known.
+  /// `has_first`: the first block is on its way, and the next one's page is known.
   __device__ void load_piece(const Piece& piece, int head_k, bool has_first = false) {
     const int begin_block = piece.begin_block + static_cast<int>(has_first);
     at_ = at_ + static_cast<int>(has_first);
     BlockPages pages{shared_.plan.next_page, kNoPage};
     if (!has_first) pages = look_up(piece, begin_block);
-    // Where the second block is the last, those parts that begin early would else be done early, as all share memory.
-    if (has_first && begin_block + 1 == piece.end_block) ptx::mbarrier_wait(full_of(0, Traits::kNumChunks - 1), 0);
 #pragma unroll 1
     for (int block = begin_block; block < piece.end_block; ++block) {
       const BlockPages next_pages = look_up(piece, block + 1);  // a block ahead, to hide its latency
       ptx::mbarrier_wait(kv_empty_ + at_.slot * sizeof(std::uint64_t), at_.phase ^ 1);
+      // All CTAs share memory, and those that are ahead would be done early: so the last block waits its turn.
+      if (block > piece.begin_block && block == piece.end_block - 1) wait_for_block_before();
       if constexpr (kIsWhole) {
         load_whole_block(block, pages.first, head_k);
       } else {
@@ -84,6 +84,13 @@ class NarrowProducer {
   }
 
  private:
+  /// Until the block that was asked for last has arrived.
+  __device__ __forceinline__ void wait_for_block_before() const {
+    static_assert(Traits::kNumSlots == 2);
+    ptx::mbarrier_wait(full_of(at_.slot ^ 1, Traits::kNumChunks - 1),
+                       at_.phase ^ static_cast<std::uint32_t>(at_.slot == 0));
+  }
+
   __device__ __forceinline__ BlockPages look_up(const Piece& piece, int block) const {
     return {look_up(piece, block, lane_), kIsWhole ? kNoPage : look_up(piece, block, lane_ + 32)};
   }
