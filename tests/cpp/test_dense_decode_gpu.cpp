@@ -278,6 +278,7 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
     Extents extents;
     int batch;
     bool is_planned;
+    int parts = 0;  // 0: as many as there should be; few have several blocks each
   };
   constexpr int kAll = 5;
   constexpr std::size_t kFlushBytes = 128 << 20;  // more than L2 has, so that nothing lies there
@@ -291,15 +292,19 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
                         Case{{20, 2, 16, true, 512}, kAll, false}, Case{{16, 1, 64, false}, 1, false},
                         Case{{128, 1, 64, false}, 1, false}, Case{{128, 1, 64, false}, 1, true},
                         Case{{16, 1, 64, false}, kAll, true}, Case{{32, 1, 128, false}, kAll, true},
-                        Case{{128, 1, 64, false}, kAll, true}, Case{{64, 2, 64, true}, kAll, true}}) {
-    SCOPED_TRACE(name_of({c.extents, 0}) + ", batch " + std::to_string(c.batch) + (c.is_planned ? ", planned" : ""));
+                        Case{{128, 1, 64, false}, kAll, true}, Case{{64, 2, 64, true}, kAll, true},
+                        Case{{16, 1, 64, false}, kAll, true, 4}, Case{{32, 1, 128, false}, kAll, true, 9},
+                        Case{{64, 1, 64, false}, kAll, true, 3}, Case{{128, 1, 64, false}, kAll, true, 5}}) {
+    SCOPED_TRACE(name_of({c.extents, 0}) + ", batch " + std::to_string(c.batch) +
+                 (c.is_planned ? ", planned, " : ", ") + std::to_string(c.parts));
     const HostCase host(c.extents);
     DeviceCase device(host);
     DenseDecodeArguments& args = device.args;
     for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
       tensor->shape[0] = c.batch;
     }
-    const std::int64_t parts = dense_decode_num_sm_parts(c.extents.num_heads_q * c.extents.seqlen_q, 1, kGpu);
+    const std::int64_t parts =
+        c.parts > 0 ? c.parts : dense_decode_num_sm_parts(c.extents.num_heads_q * c.extents.seqlen_q, 1, kGpu);
     const int plan_size = static_cast<int>(parts) * kTileSchedulerMetadataSize;
     const OnDevice<std::int32_t> plan(std::vector<std::int32_t>(plan_size, -1));
     const OnDevice<std::int32_t> num_splits(std::vector<std::int32_t>(c.batch + 1));
@@ -321,7 +326,7 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
     std::int32_t* const arrays[3] = {device.cache_seqlens.data(), device.block_table.data(), plan.data()};
     const OnDevice<std::int32_t> lengths(right[0]), pages(right[1]), rows(right[2]);
     const OnDevice<std::int32_t>* const written[3] = {&lengths, &pages, &rows};
-    for (int round = 0; round < 21; ++round) {
+    for (int round = 0; round < 28; ++round) {
       SCOPED_TRACE("round " + std::to_string(round));
       LateCopy copies[3];
       for (int i = 0; i < (c.is_planned ? 3 : 2); ++i) {
@@ -331,6 +336,8 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
           std::rotate(wrong.begin(), wrong.begin() + (i == 2 ? kTileSchedulerMetadataSize : 1), wrong.end());
         } else if (round / 7 == 1) {
           for (std::int32_t& value : wrong) value = static_cast<std::int32_t>(random());
+        } else if (round / 7 == 2) {  // every second word only
+          for (std::size_t k = 1; k < wrong.size(); k += 2) wrong[k] = right[i][k - 1];
         } else {
           constexpr std::int32_t kValues[] = {0, 1, -1, 100, INT32_MAX, INT32_MIN, 5000};
           std::fill(wrong.begin(), wrong.end(), kValues[round % 7]);
