@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   const TileFlags flags(params, tile.index(params.tiling, head_k));
 
   // A guess at what is loaded first, while the grids before still run. Behind them its copies begin, and it is looked
-  // at again. Who copies initialises the barriers that copies report to, and waits for nobody else: most CTAs begin so
-  // late that each instruction of this way counts.
+  // at again. Who copies initialises the barriers of these copies, and so need not wait for the CTA: most begin
+  // so late that each instruction of this way counts.
   const int warp = threadIdx.x / 32;
   const bool knows_query = has_known_query(params);
   if (warp == Traits::kConsumerWarps) {
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     __syncwarp();
     first.look(params, ptx::cta_z());
     if (threadIdx.x % 32 == 0) shared.plan.first_request = first.exists ? first.request : -1;
+    __syncwarp();
     if (!knows_query) ptx::named_barrier_sync(kGuessBarrier, 2 * 32);
     ptx::wait_for_previous_grids();
     const int again = first.look_again();

@@ -12,8 +12,7 @@ namespace flash_mla::sm90 {
 /// for them, so the guess tells, too, what is needed next: the length, and the page of the block after. By one warp;
 /// each lane keeps a word that the guess rests on.
 ///
-/// None where pages have fewer than 64 tokens, where the plan of several requests is made in the kernel, and for long
-/// parts whose tiles share KV, which have nothing to win.
+/// None where pages have fewer than 64 tokens, and where the plan of several requests is made in the kernel.
 class FirstBlock {
  public:
   /// Asks for what comes first: the part's row, or the length of the only request.

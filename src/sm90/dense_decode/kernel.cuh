@@ -32,19 +32,15 @@ struct DenseDecodeKernel {
       init(shared.q_empty, kWarps);
       init(shared.qk_done, kWarps);
       init(shared.rows_taken, Traits::kConsumerWarps);
-      for (auto& barrier : shared.rope_empty) init(barrier, Traits::kConsumerWarps);
       for (auto& barrier : shared.p_full) init(barrier, Traits::kWarpgroupThreads);
       for (auto& barrier : shared.rescale_full) init(barrier, Traits::kWarpgroupThreads / 4);
-      ptx::fence_mbarrier_init();
-    }
-    if (threadIdx.x == 32) {
-      for (auto& barrier : shared.pair_empty) init(barrier, kWarps);
       ptx::fence_mbarrier_init();
     }
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// Barriers that copies of Q report to, and what copies of KV report to. By a thread of the warp that asks for them.
+  /// Barriers of the copies of Q, and of those of KV, as far as they are needed before all threads have met. By a
+  /// thread of the warp that asks for them.
   __device__ static void init_query(Storage& shared) {
     init(shared.q_full, 1);
     for (int i = 0; i < Traits::kNumRegisterPairs; ++i) init(shared.pair_full[i], 1);
@@ -53,6 +49,8 @@ struct DenseDecodeKernel {
   __device__ static void init_kv(Storage& shared) {
     for (int i = Traits::kNumRegisterPairs; i < Traits::kPairSlots; ++i) init(shared.pair_full[i], 1);
     for (auto& barrier : shared.rope_full) init(barrier, 1);
+    for (auto& barrier : shared.pair_empty) init(barrier, Traits::kWarpgroupWarps);
+    for (auto& barrier : shared.rope_empty) init(barrier, Traits::kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
   /// Of the part's first request, before there is a plan. By a thread.

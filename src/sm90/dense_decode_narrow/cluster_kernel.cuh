@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   if (threadIdx.x == 32 * Traits::kQueryWarp) Kernel::init_query(shared);
   if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
   __syncwarp();
-  ptx::cluster_arrive();  // barriers are initialised, and visible to the cluster by fence_mbarrier_init
+  ptx::cluster_arrive();  // this thread's barriers are initialised, and visible to the cluster by fence_mbarrier_init
   ptx::wait_for_previous_grids();
   ptx::launch_dependents();
   const bool is_whole = params.box_tokens == Traits::kBlockN;

@@ -39,8 +39,9 @@ struct NarrowDecodeKernel {
     clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
   }
 
-  /// The barrier that copies of Q report to, and those of KV's copies. By a thread of the warp that asks for them, and
-  /// not by a lane for each: barriers are initialised one at a time all the same.
+  /// The barrier of the copies of Q, and those of KV's, as far as they are needed before all threads have met. By a
+  /// thread of the warp that asks for them, and not by a lane for each: barriers are initialised one at a time all the
+  /// same.
   __device__ static void init_query(Storage& shared) {
     ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
     ptx::fence_mbarrier_init();
