@@ -53,7 +53,7 @@ struct QueryTile {
 
   FLASH_MLA_HOST_DEVICE QueryTile(const QueryTiling& tiling, int tile_idx)
       : idx(tile_idx), query(0), head(tile_idx * tiling.rows) {
-    if (tiling.num_tiles == tiling.head_tiles) return;  // a division takes a CTA a quarter of a microsecond
+    if (tiling.num_tiles == tiling.head_tiles) return;  // divisions are 60 instructions before the first copy
     query = tile_idx / tiling.head_tiles * tiling.queries_per_tile;
     head = tile_idx % tiling.head_tiles * tiling.rows;
   }
