@@ -17,16 +17,14 @@
 
 namespace flash_mla::sm90 {
 
-/// Named barrier of the warps that load KV and Q, beside __syncthreads and the narrow scorer's.
-constexpr int kGuessBarrier = 2;
-
 /// The entry of all decode kernels but that of clusters. Grid: (tiles of query rows, KV heads, parts); neighbours read
 /// the same KV. Two consumer warpgroups, one of warps that load and plan, and one that scores.
 ///
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
-/// init_query and load_known_query, by a thread of the query warp, and drop_known_query; consume, by the consumer
-/// warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; score, by the
-/// warpgroup behind that; init_kv, load_first_block and drop_first, by a thread of the first of these.
+/// init_query, load_first_query and drop_query, by a thread of the query warp, and drop_known_query; consume, by the
+/// consumer warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; score, by the
+/// warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and drop_first_block, by a thread of the
+/// first of these.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -39,19 +37,16 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   const TileFlags flags(params, tile.index(params.tiling, head_k));
 
   // A guess at what is loaded first, while the grids before still run. Behind them its copies begin, and it is looked
-  // at again. Who copies initialises the barriers of these copies, and so need not wait for the CTA: most begin
-  // so late that each instruction of this way counts.
+  // at again. Each warp that copies guesses for itself and initialises the barriers of its copies, and so waits for
+  // nobody: most CTAs begin so late that each instruction of this way counts.
   const int warp = threadIdx.x / 32;
-  const bool knows_query = has_known_query(params);
   if (warp == Traits::kConsumerWarps) {
     FirstBlock first;
     first.begin_to_look(params, ptx::cta_z());
     if (ptx::elect_one()) Kernel::init_kv(shared);
     __syncwarp();
     first.look(params, ptx::cta_z());
-    if (threadIdx.x % 32 == 0) shared.plan.first_request = first.exists ? first.request : -1;
-    __syncwarp();
-    if (!knows_query) ptx::named_barrier_sync(kGuessBarrier, 2 * 32);
+    if (first.exists && ptx::elect_one()) Kernel::prefetch_first_blocks(params, first, head_k);
     ptx::wait_for_previous_grids();
     const int again = first.look_again();
     if (!Kernel::kLoadsQueryFirst && first.exists && ptx::elect_one()) {
@@ -61,12 +56,24 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (Kernel::kLoadsQueryFirst && is_right && first.exists && ptx::elect_one()) {
       Kernel::load_first_block(params, shared, first, head_k);
     }
-    if (!is_right && first.exists && ptx::elect_one()) Kernel::drop_first(shared, !knows_query);
+    if (!is_right && first.exists && ptx::elect_one()) Kernel::drop_first_block(shared);
     if (threadIdx.x % 32 == 0) {
       shared.plan.has_first = static_cast<int>(is_right && first.exists);
       shared.plan.first_seqlen_k = first.seqlen_k;
       shared.plan.next_page = first.next_page;
     }
+  } else if (warp == Traits::kQueryWarp && !has_known_query(params)) {
+    FirstBlock first;
+    first.begin_to_look(params, ptx::cta_z());
+    if (ptx::elect_one()) Kernel::init_query(shared);
+    __syncwarp();
+    first.look(params, ptx::cta_z());
+    ptx::wait_for_previous_grids();
+    const int again = first.look_again();
+    if (first.exists && ptx::elect_one()) Kernel::load_first_query(params, shared, tile, head_k, first.request);
+    const bool is_right = first.rests_on(again);
+    if (!is_right && first.exists && ptx::elect_one()) Kernel::drop_query(shared);
+    if (threadIdx.x % 32 == 0) shared.plan.has_query = static_cast<int>(is_right && first.exists);
   } else {
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&params.q_map);
@@ -76,19 +83,12 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     }
     if (warpgroup < Traits::kNumConsumers) Kernel::init_shared(params, shared);
     if (warpgroup == Traits::kNumConsumers + 1) init_rows<Traits>(params, shared.rows, tile, head_k);
-    int request = 0;
-    if (warp == Traits::kQueryWarp) {
-      if (ptx::elect_one()) Kernel::init_query(shared);
-      __syncwarp();
-      if (!knows_query) {
-        ptx::named_barrier_sync(kGuessBarrier, 2 * 32);
-        request = shared.plan.first_request;
-      }
-    }
+    if (warp == Traits::kQueryWarp && ptx::elect_one()) Kernel::init_query(shared);
+    __syncwarp();
     ptx::wait_for_previous_grids();
     if (!params.shares_kv) ptx::launch_dependents();
-    if (warp == Traits::kQueryWarp && request >= 0 && ptx::elect_one()) {
-      Kernel::load_known_query(params, shared, tile, head_k, request);
+    if (warp == Traits::kQueryWarp && ptx::elect_one()) {
+      Kernel::load_first_query(params, shared, tile, head_k, /*request=*/0);
     }
     if (warp == Traits::kPlanWarp) plan_part(params, ptx::cta_z(), shared.plan);
     if (warp == Traits::kSplitsWarp) {

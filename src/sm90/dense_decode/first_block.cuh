@@ -56,7 +56,11 @@ class FirstBlock {
     page = __shfl_sync(~0U, value_, kLaneOfPage);
     next_page = __shfl_sync(~0U, value_, kLaneOfNextPage);
     exists = block <= last_block(seqlen_k) && (part.begin_request < part.end_request || block < part.end_block);
+    end_block_ = part.begin_request < part.end_request ? scheduler::kToEnd : part.end_block;
   }
+
+  /// The blocks of the request in this part. One that exists has some.
+  __device__ __forceinline__ int num_blocks() const { return min(end_block_, last_block(seqlen_k) + 1) - block; }
 
   /// Looks at the lane's word again.
   __device__ __forceinline__ int look_again() const { return from_ != nullptr ? ptx::load_relaxed(from_) : value_; }
@@ -86,6 +90,7 @@ class FirstBlock {
     value_ = ptx::load_relaxed(from);
   }
 
+  int end_block_ = 0;
   const int* from_ = nullptr;
   int value_ = 0;
 };

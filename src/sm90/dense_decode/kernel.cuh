@@ -54,7 +54,7 @@ struct DenseDecodeKernel {
     ptx::fence_mbarrier_init();
   }
   /// Of the part's first request, before there is a plan. By a thread.
-  __device__ static void load_known_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+  __device__ static void load_first_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                           int head_k, int request) {
     QueryProducer<Traits>(params, shared, tile, head_k).load_first(request);
   }
@@ -66,17 +66,20 @@ struct DenseDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
+  /// Nothing: asking L2 ahead loses here.
+  __device__ static void prefetch_first_blocks(const DenseDecodeParams& /*params*/, const FirstBlock& /*first*/,
+                                               int /*head_k*/) {}
   /// Copies the part's first block, into slots that nobody has used yet.
   __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
                                           int head_k) {
     Producer<Traits, true>(params, shared).load_first(first, head_k);
   }
   /// The 72 KB of Q are needed first, and come late where KV is asked for at the same time. So KV is asked for when the
-  /// guess has turned out right.
+  /// guess has turned out right, and these copies need not be dropped.
   static constexpr bool kLoadsQueryFirst = true;
-  /// Waits for copies of Q, if they are of the wrong request, and makes the barriers new that they report to.
-  static __device__ __noinline__ void drop_first(Storage& shared, bool with_query) {
-    if (!with_query) return;
+  __device__ static void drop_first_block(Storage& /*shared*/) {}
+  /// Waits for copies of Q, which are of the wrong request, and makes the barriers new that they report to.
+  static __device__ __noinline__ void drop_query(Storage& shared) {
     renew_mbarrier(ptx::shared_address(&shared.q_full));
     for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
       renew_mbarrier(ptx::shared_address(&shared.pair_full[i]));

@@ -41,6 +41,7 @@ class Consumer {
     pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q
 #pragma unroll 1
     for (int block = piece.begin_block;; ++block) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared_.rescale_full[p_.slot]), p_.phase);
       if (block > piece.begin_block) rescale_o();
       ptx::mbarrier_wait(ptx::shared_address(&shared_.p_full[p_.slot]), p_.phase);
       ptx::wgmma_fence();
@@ -98,7 +99,6 @@ class Consumer {
 
   /// Brings O to the maximum of the block, which is known some time before its P is handed over.
   __device__ __forceinline__ void rescale_o() {
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.rescale_full[p_.slot]), p_.phase);
     const float scale0 = shared_.rescale[p_.slot][row_];
     const float scale1 = shared_.rescale[p_.slot][row_ + 8];
     if (!__any_sync(~0U, scale0 != 1.0F || scale1 != 1.0F)) return;

@@ -52,9 +52,9 @@ struct SliceRange {
 /// In shared memory.
 struct PartPlan {
   scheduler::Part part;
-  /// What is loaded before there is a plan: the request whose Q is, or -1, and whether that and its first block are
-  /// right. If so, the request's length and the page of the block after are known, too.
-  int first_request;
+  /// Whether Q of the part's first request was rightly guessed, and so is on its way, and whether that request's first
+  /// block was. If so, the request's length and the page of the block after are known, too.
+  int has_query;
   int has_first;
   int first_seqlen_k;
   int next_page;

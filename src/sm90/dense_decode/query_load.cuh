@@ -61,7 +61,7 @@ __device__ __forceinline__ void for_each_query(const DenseDecodeParams& params, 
   std::uint32_t phase = 0;
   PieceWalk walk(params, shared.plan, part_idx);
   Piece piece;
-  for (bool has_query = shared.plan.has_first != 0; walk.next(piece); has_query = false) {
+  for (bool has_query = shared.plan.has_query != 0; walk.next(piece); has_query = false) {
     if (piece.begin_block == piece.end_block) continue;
     // Who has not loaded must not wait for memory that nobody has used: that phase may be over, and the next one too.
     if (!has_query) ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);

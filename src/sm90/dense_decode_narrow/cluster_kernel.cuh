@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     NarrowProducer<Traits, true>(params, shared).load_share(shared.guess, head_k);
   }
   if (warp == Traits::kQueryWarp && ptx::elect_one()) {
-    Kernel::load_known_query(params, shared, tile, head_k, request);
+    Kernel::load_first_query(params, shared, tile, head_k, request);
   }
   if (warp == Traits::kPlanWarp) {
     const ClusterShare share(params, ClusterShare::look(params, request));

@@ -53,7 +53,7 @@ struct NarrowDecodeKernel {
     ptx::fence_mbarrier_init();
   }
   /// Of the part's first request, before there is a plan. By a thread.
-  __device__ static void load_known_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
+  __device__ static void load_first_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                           int head_k, int request) {
     load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), request, tile,
                        head_k);
@@ -63,6 +63,13 @@ struct NarrowDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
+  /// Asks for the part's first block to come into L2, and the second of a long part: memory has time while the last
+  /// CTAs of the grids before run.
+  __device__ static void prefetch_first_blocks(const DenseDecodeParams& params, const FirstBlock& first, int head_k) {
+    constexpr int kManyBlocks = 32;
+    NarrowProducer<Traits, true>::prefetch(params, first.block, first.page, head_k);
+    if (first.num_blocks() >= kManyBlocks) prefetch_second(params, first.block + 1, first.next_page, head_k);
+  }
   /// Copies the part's first block, into the first slot, which nobody has used yet.
   __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
                                           int head_k) {
@@ -70,11 +77,14 @@ struct NarrowDecodeKernel {
   }
   /// Q is small: it does not keep KV waiting, nor the other way round.
   static constexpr bool kLoadsQueryFirst = false;
-  /// Waits for these copies, which are wrong, and for those of Q, if it is of another request, and makes the barriers
-  /// new that they report to.
-  static __device__ __noinline__ void drop_first(Storage& shared, bool with_query) {
+  /// Waits for these copies, which are wrong, and makes the barriers new that they report to.
+  static __device__ __noinline__ void drop_first_block(Storage& shared) {
     for (auto& barrier : shared.kv_full[0]) renew_mbarrier(ptx::shared_address(&barrier));
-    if (with_query) renew_mbarrier(ptx::shared_address(&shared.q_full));
+    ptx::fence_mbarrier_init();
+  }
+  /// The same for copies of Q that are of another request.
+  static __device__ __noinline__ void drop_query(Storage& shared) {
+    renew_mbarrier(ptx::shared_address(&shared.q_full));
     ptx::fence_mbarrier_init();
   }
 
@@ -136,6 +146,12 @@ struct NarrowDecodeKernel {
   }
 
  private:
+  /// A function, so that this code is not in the way of short parts.
+  static __device__ __noinline__ void prefetch_second(const DenseDecodeParams& params, int block, int page,
+                                                      int head_k) {
+    NarrowProducer<Traits, true>::prefetch(params, block, page, head_k);
+  }
+
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
                                                     int part_idx) {

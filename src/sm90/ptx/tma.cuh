@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// Bulk tensor copies: PTX ISA, "cp.async.bulk.tensor" and "prefetch.tensormap".
+// Bulk tensor copies: PTX ISA, "cp.async.bulk.tensor", "cp.async.bulk.prefetch.tensor" and "prefetch.tensormap".
 
 namespace flash_mla::ptx {
 
@@ -28,6 +28,13 @@ __device__ __forceinline__ void tma_load_4d(std::uint32_t destination, const CUt
       "[%2], %7;" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(keep)
       : "memory");
+}
+
+/// Asks for the same box to come into L2: a hint, which may name what is not there, or is being written.
+__device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
 }
 
 }  // namespace flash_mla::ptx
