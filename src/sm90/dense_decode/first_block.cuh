@@ -8,9 +8,9 @@
 namespace flash_mla::sm90 {
 
 /// The first KV block of a part, as the plan, the length and the block table look while the grids before still run, and
-/// may be writing them: a guess, by which copies begin as soon as these grids have ended. A load behind copies waits
-/// for them, so the guess tells, too, what is needed next: the length, and the page of the block after. By one warp;
-/// each lane keeps a word that the guess rests on.
+/// may be writing them: a guess, by which L2 is asked ahead, and copies begin as soon as these grids have ended. A load
+/// behind copies waits for them, so the guess tells, too, what is needed next: the length, and the page of the block
+/// after. By one warp; each lane keeps a word that the guess rests on.
 ///
 /// None where pages have fewer than 64 tokens, and where the plan of several requests is made in the kernel.
 class FirstBlock {

@@ -96,7 +96,7 @@ class QueryProducer {
                            int head_k)
       : params_(params), shared_(shared), tile_(tile), head_k_(head_k) {}
 
-  /// Before the plan is there, where the request is known: into slots that nobody has used yet.
+  /// Before the plan is there, where the request is known or guessed: into slots that nobody has used yet.
   __device__ __forceinline__ void load_first(int request) { load<false>(request); }
 
   /// For each piece, but not until the last QK of the one before is done: all slots before have been filled then, so

@@ -52,9 +52,10 @@ struct SliceRange {
 /// In shared memory.
 struct PartPlan {
   scheduler::Part part;
-  /// Whether Q of the part's first request was rightly guessed, and so is on its way, and whether that request's first
-  /// block was. If so, the request's length and the page of the block after are known, too.
+  /// Whether Q of the part's first request was rightly guessed, and so is on its way. Of no meaning where the request
+  /// is known.
   int has_query;
+  /// Whether its first block was. If so, the request's length and the page of the block after are known, too.
   int has_first;
   int first_seqlen_k;
   int next_page;

@@ -30,7 +30,7 @@ __device__ __forceinline__ void tma_load_4d(std::uint32_t destination, const CUt
       : "memory");
 }
 
-/// Asks for the same box to come into L2: a hint, which may name what is not there, or is being written.
+/// Asks for the same box to come into L2: a hint, so the box may lie outside the tensor, or be written meanwhile.
 __device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
                "r"(c2), "r"(c3)
