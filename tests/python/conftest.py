@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import hopper
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX takes most of a GPU's memory otherwise
 
 settings.register_profile("flash_mla", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("flash_mla")
