@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
 
   // A guess at what is loaded first, while the grids before still run. Behind them its copies begin, and it is looked
   // at again. Each warp that copies guesses for itself and initialises the barriers of its copies, and so waits for
-  // nobody: most CTAs begin so late that each instruction of this way counts.
+  // nobody: most CTAs begin so late that each instruction of this way counts, so each has code of its own.
   const int warp = threadIdx.x / 32;
   if (warp == Traits::kConsumerWarps) {
     FirstBlock first;

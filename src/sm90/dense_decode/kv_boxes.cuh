@@ -36,7 +36,7 @@ class KvBoxes {
                                              const Pages& pages, int head_k) const {
     const std::uint32_t destination = chunk_address + (kIsWhole ? 0 : lane_ * rows_per_box_ * Traits::kRowBytes);
     const int column = chunk * Traits::kChunkColumns;
-    const int page_offset = (block * Traits::kBlockN) & ((1 << params_.page_size_log2) - 1);
+    const int page_offset = params_.in_page(block * Traits::kBlockN);
     ptx::tma_load_4d(destination, &params_.k_cache_map, barrier, column, page_offset, head_k, pages.first,
                      ptx::Keep::kNotForLong);
     if (!kIsWhole && rows_per_box_ == 1) {

@@ -44,6 +44,8 @@ struct DenseDecodeParams {
   QueryTiling tiling;
 
   int page_size_log2;
+  /// Where a token lies in its page.
+  FLASH_MLA_HOST_DEVICE int in_page(int token) const { return token & ((1 << page_size_log2) - 1); }
   int box_tokens;    // a power of two, at most page_size and 64
   int max_seqlen_k;  // max_pages * page_size: lengths are cut there
   const int* block_table;

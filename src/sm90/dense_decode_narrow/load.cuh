@@ -61,7 +61,7 @@ class NarrowProducer {
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
       ptx::tma_prefetch_4d(&params.k_cache_map, Traits::chunk_in_slot(i) * Traits::kChunkColumns,
-                           (block * Traits::kBlockN) & ((1 << params.page_size_log2) - 1), head_k, page);
+                           params.in_page(block * Traits::kBlockN), head_k, page);
     }
   }
 
@@ -135,8 +135,7 @@ class NarrowProducer {
   __device__ __forceinline__ void load_box(int i, int row, int block, int page, int head_k) const {
     const std::uint32_t to = kv_ + at_.slot * Traits::kBlockBytes + i * Traits::kChunkBytes + row * Traits::kRowBytes;
     ptx::tma_load_4d(to, &params_.k_cache_map, full(i), Traits::chunk_in_slot(i) * Traits::kChunkColumns,
-                     (block * Traits::kBlockN + row) & ((1 << params_.page_size_log2) - 1), head_k, page,
-                     ptx::Keep::kNotForLong);
+                     params_.in_page(block * Traits::kBlockN + row), head_k, page, ptx::Keep::kNotForLong);
   }
   __device__ __forceinline__ std::uint32_t full(int i) const { return full_of(at_.slot, i); }
   __device__ __forceinline__ std::uint32_t full_of(int slot, int i) const {
