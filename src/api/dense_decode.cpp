@@ -9,6 +9,7 @@
 
 #include "api/check.h"
 #include "api/parts.h"
+#include "api/waits_for_memory.h"
 #include "cpu/dense_decode.h"
 #include "cuda/device.h"
 #include "cuda/tensor_map.h"
@@ -181,6 +182,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
   const std::int64_t max_blocks = shape.batch_size * scheduler::num_blocks(params.max_seqlen_k);
   params.shares_kv = params.tiling.num_tiles > 1 && max_blocks > std::int64_t{kMaxShortPart} * params.num_parts;
+  params.waits_for_memory = waits_for_memory(cuda::device_properties(args.q.device.index), params.tiling.num_tiles);
   params.cluster_size = work.cluster_size;
   params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;

@@ -29,7 +29,11 @@ DeviceProperties read_properties(int device) {
   }
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  return {major * 10 + minor, attribute(cudaDevAttrMultiProcessorCount, device)};
+  constexpr double kHzPerKhz = 1000;
+  const double transfers = 2 * kHzPerKhz * attribute(cudaDevAttrMemoryClockRate, device);  // two a clock
+  return {major * 10 + minor, attribute(cudaDevAttrMultiProcessorCount, device),
+          kHzPerKhz * attribute(cudaDevAttrClockRate, device),
+          transfers * attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8};
 }
 
 constexpr int kNone = -1;

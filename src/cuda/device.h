@@ -14,6 +14,8 @@ constexpr int kMaxDevices = 64;
 struct DeviceProperties {
   int compute_capability;  // major * 10 + minor
   int num_sms;
+  double sm_clock;          // the highest, in Hz
+  double memory_bandwidth;  // of the data sheet, in bytes a second; 0 where it is not known
 };
 
 /// Properties of a device, read once. Throws Unsupported where there is no driver or no such device.

@@ -23,8 +23,8 @@ namespace flash_mla::sm90 {
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
 /// init_query, load_first_query and drop_query, by a thread of the query warp, and drop_known_query; consume, by the
 /// consumer warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; score, by the
-/// warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and drop_first_block, by a thread of the
-/// first of these.
+/// warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and, where Q is not loaded first,
+/// drop_first_block, by a thread of the first of these.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
@@ -49,14 +49,15 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (first.exists && ptx::elect_one()) Kernel::prefetch_first_blocks(params, first, head_k);
     ptx::wait_for_previous_grids();
     const int again = first.look_again();
-    if (!Kernel::kLoadsQueryFirst && first.exists && ptx::elect_one()) {
-      Kernel::load_first_block(params, shared, first, head_k);
+    if constexpr (!Kernel::kLoadsQueryFirst) {
+      if (first.exists && ptx::elect_one()) Kernel::load_first_block(params, shared, first, head_k);
     }
     const bool is_right = first.rests_on(again);
-    if (Kernel::kLoadsQueryFirst && is_right && first.exists && ptx::elect_one()) {
-      Kernel::load_first_block(params, shared, first, head_k);
+    if constexpr (Kernel::kLoadsQueryFirst) {
+      if (is_right && first.exists && ptx::elect_one()) Kernel::load_first_block(params, shared, first, head_k);
+    } else {
+      if (!is_right && first.exists && ptx::elect_one()) Kernel::drop_first_block(shared);
     }
-    if (!is_right && first.exists && ptx::elect_one()) Kernel::drop_first_block(shared);
     if (threadIdx.x % 32 == 0) {
       shared.plan.has_first = static_cast<int>(is_right && first.exists);
       shared.plan.first_seqlen_k = first.seqlen_k;

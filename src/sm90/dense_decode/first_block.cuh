@@ -4,6 +4,7 @@
 #include "scheduler/split_plan.h"
 #include "sm90/dense_decode/params.h"
 #include "sm90/ptx/memory.cuh"
+#include "sm90/ptx/tma.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -55,12 +56,14 @@ class FirstBlock {
     seqlen_k = min(__shfl_sync(~0U, value_, kLaneOfLength), params.max_seqlen_k);
     page = __shfl_sync(~0U, value_, kLaneOfPage);
     next_page = __shfl_sync(~0U, value_, kLaneOfNextPage);
-    exists = block <= last_block(seqlen_k) && (part.begin_request < part.end_request || block < part.end_block);
-    end_block_ = part.begin_request < part.end_request ? scheduler::kToEnd : part.end_block;
+    end_block_ = last_block(seqlen_k) + 1;
+    if (part.begin_request == part.end_request) end_block_ = min(end_block_, part.end_block);
+    exists = block < end_block_;
   }
 
-  /// The blocks of the request in this part. One that exists has some.
-  __device__ __forceinline__ int num_blocks() const { return min(end_block_, last_block(seqlen_k) + 1) - block; }
+  /// Whether the part is so long that CTAs end far apart: those that begin early then have time to ask L2 for more.
+  /// Of one that exists.
+  __device__ __forceinline__ bool is_of_long_part() const { return end_block_ - block >= kBlocksOfLongPart; }
 
   /// Looks at the lane's word again.
   __device__ __forceinline__ int look_again() const { return from_ != nullptr ? ptx::load_relaxed(from_) : value_; }
@@ -77,6 +80,7 @@ class FirstBlock {
  private:
   static constexpr int kBlockLog2 = 6;
   static_assert(scheduler::kBlockN == 1 << kBlockLog2);
+  static constexpr int kBlocksOfLongPart = 32;
   static constexpr int kWordsOfPart = 4;
   static constexpr int kLaneOfLength = kWordsOfPart;
   static constexpr int kLaneOfPage = kLaneOfLength + 1;
@@ -94,5 +98,19 @@ class FirstBlock {
   const int* from_ = nullptr;
   int value_ = 0;
 };
+
+/// Asks for a block to come into L2. By one thread.
+__device__ __forceinline__ void prefetch_block(const DenseDecodeParams& params, int block, int page, int head_k) {
+  constexpr int kChunkColumns = 64;
+#pragma unroll
+  for (int column = 0; column < kHeadDimQk; column += kChunkColumns) {
+    ptx::tma_prefetch_4d(&params.k_cache_map, column, params.in_page(block * scheduler::kBlockN), head_k, page);
+  }
+}
+/// A function, so that this code is not in the way of short parts.
+static __device__ __noinline__ void prefetch_block_of_long_part(const DenseDecodeParams& params, int block, int page,
+                                                                int head_k) {
+  prefetch_block(params, block, page, head_k);
+}
 
 }  // namespace flash_mla::sm90

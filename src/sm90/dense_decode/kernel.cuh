@@ -66,9 +66,13 @@ struct DenseDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
-  /// Nothing: asking L2 ahead loses here.
-  __device__ static void prefetch_first_blocks(const DenseDecodeParams& /*params*/, const FirstBlock& /*first*/,
-                                               int /*head_k*/) {}
+  /// Asks for the first two blocks of a long part to come into L2, where grids overlap. In short parts this loses: Q is
+  /// what is waited for first.
+  __device__ static void prefetch_first_blocks(const DenseDecodeParams& params, const FirstBlock& first, int head_k) {
+    if (params.shares_kv || !first.is_of_long_part()) return;
+    prefetch_block_of_long_part(params, first.block, first.page, head_k);
+    prefetch_block_of_long_part(params, first.block + 1, first.next_page, head_k);
+  }
   /// Copies the part's first block, into slots that nobody has used yet.
   __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
                                           int head_k) {
@@ -77,7 +81,6 @@ struct DenseDecodeKernel {
   /// The 72 KB of Q are needed first, and come late where KV is asked for at the same time. So KV is asked for when the
   /// guess has turned out right, and these copies need not be dropped.
   static constexpr bool kLoadsQueryFirst = true;
-  __device__ static void drop_first_block(Storage& /*shared*/) {}
   /// Waits for copies of Q, which are of the wrong request, and makes the barriers new that they report to.
   static __device__ __noinline__ void drop_query(Storage& shared) {
     renew_mbarrier(ptx::shared_address(&shared.q_full));

@@ -57,6 +57,10 @@ struct DenseDecodeParams {
   /// grid leaves them, the tiles of one KV are far from each other.
   bool shares_kv;
 
+  /// Whether a block takes memory longer than the tensor cores, as all SMs ask at the same time. Tiles of 64 rows then
+  /// give back the memory of KV as soon as they can.
+  bool waits_for_memory;
+
   /// CTAs that work a request and a tile together, as a cluster, without a plan; 0: there is a plan.
   int cluster_size;
 

@@ -111,8 +111,8 @@ class Scorer {
 
   /// S = Q K^T, in the order in which the chunks come. Those that meet Q in shared memory come first: the last ones
   /// then leave shared memory to PV. P of the block before, if there is one, is handed over when almost all is issued,
-  /// so that PV runs during this block's softmax, and not beside QK; and earlier where the last pair is late and KV is
-  /// this tile's alone, as memory is the limit then, and PV gives some back. Whether a pair is there is looked up
+  /// so that PV runs during this block's softmax, and not beside QK; and earlier where the last pair is late and memory
+  /// is the limit, as PV gives some of it back. Whether a pair is there is looked up
   /// before the chunk ahead of it is issued: the answer takes as long as a wgmma does.
   __device__ __forceinline__ void issue_qk(bool is_first, bool has_rope) {
     bool owes_p = !is_first;
@@ -124,7 +124,8 @@ class Scorer {
       const RingPosition<Traits::kPairSlots> at = pair_ + i;
       const std::uint32_t full = ptx::shared_address(&shared_.pair_full[at.slot]);
       const bool is_last_pair = i == Traits::kPairsPerBlock - 1;
-      if (is_last_pair && owes_p && gridDim.x == 1 && !__shfl_sync(~0U, ptx::mbarrier_test(full, at.phase), 0)) {
+      if (is_last_pair && owes_p && params_.waits_for_memory &&
+          !__shfl_sync(~0U, ptx::mbarrier_test(full, at.phase), 0)) {
         hand_over(rope_.slot_before(1));
         owes_p = false;
       }

@@ -66,9 +66,8 @@ struct NarrowDecodeKernel {
   /// Asks for the part's first block to come into L2, and the second of a long part: memory has time while the last
   /// CTAs of the grids before run.
   __device__ static void prefetch_first_blocks(const DenseDecodeParams& params, const FirstBlock& first, int head_k) {
-    constexpr int kManyBlocks = 32;
-    NarrowProducer<Traits, true>::prefetch(params, first.block, first.page, head_k);
-    if (first.num_blocks() >= kManyBlocks) prefetch_second(params, first.block + 1, first.next_page, head_k);
+    prefetch_block(params, first.block, first.page, head_k);
+    if (first.is_of_long_part()) prefetch_block_of_long_part(params, first.block + 1, first.next_page, head_k);
   }
   /// Copies the part's first block, into the first slot, which nobody has used yet.
   __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
@@ -146,12 +145,6 @@ struct NarrowDecodeKernel {
   }
 
  private:
-  /// A function, so that this code is not in the way of short parts.
-  static __device__ __noinline__ void prefetch_second(const DenseDecodeParams& params, int block, int page,
-                                                      int head_k) {
-    NarrowProducer<Traits, true>::prefetch(params, block, page, head_k);
-  }
-
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
                                                     int part_idx) {

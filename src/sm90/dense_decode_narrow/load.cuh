@@ -56,15 +56,6 @@ class NarrowProducer {
     ptx::fence_mbarrier_init();
   }
 
-  /// Asks for a block to come into L2. By one thread.
-  __device__ __forceinline__ static void prefetch(const DenseDecodeParams& params, int block, int page, int head_k) {
-#pragma unroll
-    for (int i = 0; i < Traits::kNumChunks; ++i) {
-      ptx::tma_prefetch_4d(&params.k_cache_map, Traits::chunk_in_slot(i) * Traits::kChunkColumns,
-                           params.in_page(block * Traits::kBlockN), head_k, page);
-    }
-  }
-
   /// A part's first block, before the plan is there. By one thread.
   __device__ __forceinline__ void load_first(const FirstBlock& first, int head_k) {
     load_whole_block(first.block, first.page, head_k);
