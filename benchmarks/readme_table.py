@@ -32,14 +32,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
-    decode = report.newest("decode", options.results)
-    if decode is None:
+    all_runs = report.of_kind("decode", options.results)
+    if not all_runs:
         raise SystemExit(f"no result of bench_decode.py in {options.results}")
+    by_gpu = {run["machine"]["gpu"]: run for run in all_runs}
+    decodes = [by_gpu[gpu] for gpu in sorted(by_gpu, reverse=True)]
     several = report.of_kind("context_parallel", options.results)
-    update(options.readme, table(decode, report.newest("host_overhead", options.results)), options.check)
+    update(options.readme, tables(decodes, report.newest("host_overhead", options.results)), options.check)
     update(options.context_parallel, context_parallel_tables(several), options.check)
-    runs = [run for run in report.of_kind("decode", options.results) if run.get("skeleton")][-RUNS:]
-    update(options.kernels, kernel_tables(decode, report.newest("profile", options.results), runs), options.check)
+    runs = [run for run in all_runs if run.get("skeleton") and run["machine"]["gpu"] == decodes[0]["machine"]["gpu"]]
+    profile = report.newest("profile", options.results)
+    update(options.kernels, kernel_tables(decodes[0], profile, runs[-RUNS:]), options.check)
 
 
 def update(page: Path, text: str, check: bool) -> None:
@@ -60,33 +63,52 @@ def replaced(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def table(decode: dict[str, Any], host: dict[str, Any] | None) -> str:
-    gpu = decode["machine"]
-    lines = [
-        "| case | batch, heads, s_q, tokens | hot | cold | of the ceiling, hot | to FlashMLA, hot (cold) |",
-        "|---|---|---|---|---|---|",
-        *(row(case) for case in decode["cases"]),
-        "",
-        f"Measured {decode['date'][:10]} on one {gpu['gpu']} (driver {gpu['driver']}) at commit {decode['commit']}, "
-        "as CUDA graphs, with L2 cold and the plan given.",
-        "Hot: bursts under the power limit; cold: a few calls after a rest. Ceilings: "
-        f"{decode['ceilings']['hbm_tbps']:.2f} TB/s and {decode['ceilings']['mma_tflops']:.0f} TFLOP/s.",
-        f"The last column is the speed relative to {decode['reference']}.",
-    ]
-    if decode.get("skeleton"):
-        here, there = decode["skeleton"][0], REFERENCE_SKELETON
-        lines.append(
-            f"GPUs differ: a fixed yardstick at 128 heads gave {here['hot']:.0f} TFLOP/s ({here['cold']:.0f}) in this "
-            f"run, {there['hot']} ({there['cold']}) beside FlashMLA."
-        )
+def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None) -> str:
+    """A table for each GPU's result, and what words mean."""
+    parts = [table(decode) for decode in decodes]
+    parts.append(
+        "As CUDA graphs, with L2 cold and the plan given. Hot: bursts under the power limit; cold: a few calls after a "
+        "rest."
+    )
     if host is not None:
         given, left_out, empty = (
             host["calls"][name]["median_us"]
             for name in ("metadata given", "metadata left out", "torch.empty_like, for comparison")
         )
-        lines.append(
-            f"A call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
+        parts[-1] += (
+            f"\nA call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
             f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
+        )
+    return "\n\n".join(parts)
+
+
+def table(decode: dict[str, Any]) -> str:
+    """Rates of each case, and how they compare with peers of the same run, or where there are none with a reference."""
+    gpu = decode["machine"]
+    peers = list(dict.fromkeys(title for case in decode["cases"] for title in case.get("ratio_to_peers", {})))
+    titles = peers or ["FlashMLA"]
+    lines = [
+        "| case | batch, heads, s_q, tokens | hot | cold | of the ceiling, hot "
+        + "".join(f"| to {title}, hot (cold) " for title in titles)
+        + "|",
+        "|---" * (5 + len(titles)) + "|",
+        *(row(case, peers) for case in decode["cases"]),
+        "",
+        f"Measured {decode['date'][:10]} on one {gpu['gpu']} (driver {gpu['driver']}) at commit {decode['commit']}. "
+        f"Ceilings: {decode['ceilings']['hbm_tbps']:.2f} TB/s and {decode['ceilings']['mma_tflops']:.0f} TFLOP/s.",
+    ]
+    if peers:
+        lines.append(
+            f"The last columns are the speed relative to {report.of_distributions(decode, peers)}, in turn with ours "
+            "in the same run, on the same inputs."
+        )
+    else:
+        lines.append(f"The last column is the speed relative to {decode['reference']}.")
+    if decode.get("skeleton") and not peers:
+        here, there = decode["skeleton"][0], REFERENCE_SKELETON
+        lines.append(
+            f"GPUs differ: a fixed yardstick at 128 heads gave {here['hot']:.0f} TFLOP/s ({here['cold']:.0f}) in this "
+            f"run, {there['hot']} ({there['cold']}) beside FlashMLA."
         )
     return "\n".join(lines)
 
@@ -96,7 +118,7 @@ def kernel_tables(decode: dict[str, Any], profile: dict[str, Any] | None, runs: 
     tables = []
     if decode.get("skeleton"):
         here, there = decode["skeleton"][0], REFERENCE_SKELETON
-        lines = ["| case | to FlashMLA, hot (cold) | held against the skeleton |", "|---|---|---|"]
+        lines = ["| case | to the reference, hot (cold) | held against the skeleton |", "|---|---|---|"]
         held = held_ratios(decode)
         for case in decode["cases"]:
             if (name := case["shape"]["name"]) in held:
@@ -104,7 +126,7 @@ def kernel_tables(decode: dict[str, Any], profile: dict[str, Any] | None, runs: 
         lines += [
             "",
             f"At {decode['commit']}; the skeleton gave {here['hot']:.0f} TFLOP/s ({here['cold']:.0f}) in this run, "
-            f"{there['hot']} ({there['cold']}) beside FlashMLA.",
+            f"{there['hot']} ({there['cold']}) beside FlashMLA, the reference.",
         ]
         tables.append("\n".join(lines))
     if runs:
@@ -193,19 +215,25 @@ def context_parallel_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def row(case: dict[str, Any]) -> str:
-    shape, hot, cold, ratio = case["shape"], case["hot"], case["cold"], case["ratio_to_reference"]
+def row(case: dict[str, Any], peers: Sequence[str]) -> str:
+    shape, hot, cold = case["shape"], case["hot"], case["cold"]
     spread = shape["std_seqlen_k"]
     tokens = f"normal({shape['mean_seqlen_k']}, {spread})" if spread else str(shape["mean_seqlen_k"])
     seqlen_q = f"{shape['seqlen_q']} causal" if shape["causal"] else str(shape["seqlen_q"])
     ceiling, kind = max((hot["mma_percent"], "MMA"), (hot["hbm_percent"], "HBM"))
-    against = "-" if ratio["hot"] is None else f"{ratio['hot']:.2f}"
-    if ratio["cold"] is not None:
-        against += f" ({ratio['cold']:.2f})"
+    ratios = [case["ratio_to_peers"].get(title) for title in peers] or [case["ratio_to_reference"]]
     return (
         f"| {shape['name']} | {shape['batch_size']}, {shape['num_heads_q']}, {seqlen_q}, {tokens} "
-        f"| {measured(shape, hot)} | {measured(shape, cold)} | {ceiling:.0f} % {kind} | {against} |"
+        f"| {measured(shape, hot)} | {measured(shape, cold)} | {ceiling:.0f} % {kind} "
+        f"{''.join(f'| {against(ratio)} ' for ratio in ratios)}|"
     )
+
+
+def against(ratio: dict[str, float | None] | None) -> str:
+    """ "hot (cold)", or what there is of it."""
+    if ratio is None or ratio["hot"] is None:
+        return "-"
+    return f"{ratio['hot']:.2f}" + ("" if ratio["cold"] is None else f" ({ratio['cold']:.2f})")
 
 
 def measured(shape: dict[str, Any], rates: dict[str, float]) -> str:

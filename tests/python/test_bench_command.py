@@ -61,6 +61,7 @@ def decode_result(shapes: tuple[Shape, ...] = SHAPES) -> dict[str, Any]:
         "machine": {"gpu": "NVIDIA H200", "driver": "580"},
         "ceilings": asdict(CEILINGS),
         "reference": "FlashMLA",
+        "peers_installed_as": {"FA3": "fa3 1.0"},
         "peers_missing": {"FlashInfer fa3": "ModuleNotFoundError: No module named 'flashinfer'"},
         "cases": cases,
         "failures": [{"case": "varlen", "error": "OutOfMemoryError: [full]"}],
@@ -167,10 +168,9 @@ def test_says_that_there_is_no_hopper_gpu(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_names_of_peers() -> None:
-    assert command.chosen_peers(None, None) == ["flashinfer", "fa3", "sdpa"]
-    assert command.chosen_peers(None, "deepseek") == ["flash_mla", "flashinfer", "fa3", "sdpa"]
-    assert command.chosen_peers("sdpa", None) == ["sdpa"]
-    assert command.chosen_peers("none", "deepseek") == []
+    assert command.chosen_peers(None) == ["flash_mla", "flashinfer", "fa3", "sdpa"]
+    assert command.chosen_peers("sdpa") == ["sdpa"]
+    assert command.chosen_peers("none") == []
 
 
 def test_the_command_line_starts_without_numpy_and_torch() -> None:
@@ -327,7 +327,7 @@ def test_readme_table_reads_every_result(path: Path) -> None:
     result = json.loads(path.read_text())
     module = readme_table()
     tables = {
-        "decode": lambda: module.table(result, None),
+        "decode": lambda: module.table(result),
         "context_parallel": lambda: module.context_parallel_tables([result]),
         "profile": lambda: module.profile_table(result),
     }
@@ -355,7 +355,20 @@ def test_sees_tables_that_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest
 
 
 def test_readme_table_reads_a_new_result() -> None:
-    assert f"| {SHAPES[0].name} | 128, 128, 1, 4096 |" in readme_table().table(decode_result(), None)
+    text = readme_table().tables([decode_result()], None)
+    assert f"| {SHAPES[0].name} | 128, 128, 1, 4096 |" in text
+    assert "| to FA3, hot (cold) |" in text
+    assert "% MMA | - |" in text
+    assert "% MMA | 1.10 (1.10) |" in text
+    assert "relative to FA3 (fa3 1.0), in turn" in text
+
+
+def test_readme_table_of_a_result_without_peers() -> None:
+    result = decode_result(SHAPES[:1])
+    result["cases"][0] |= {"peers": {}, "ratio_to_peers": {}}
+    text = readme_table().table(result)
+    assert "| to FlashMLA, hot (cold) |" in text
+    assert "relative to FlashMLA." in text
 
 
 @pytest.mark.parametrize("make_result", [decode_result, sweep_result, ranks_result])

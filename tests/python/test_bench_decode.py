@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import sys
@@ -198,11 +199,26 @@ def test_peers_run_on_the_same_inputs(shape: Shape, fake_peers: list[peers.Peer]
 
 
 def test_says_why_a_peer_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    for name in ("sgl_kernel", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)
     found, why_not = peers.chosen(["flash_mla", "fa3", "sdpa"], None)
     assert [peer.name for peer in found] == ["sdpa"]
-    assert "--flash-mla-module" in why_not["FlashMLA"]
+    assert "sgl_kernel" in why_not["FlashMLA"]
     assert "flash_attn_interface" in why_not["FA3"]
+
+
+def test_finds_flash_mla_among_sglangs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_mla", fake_flash_mla())
+    found, why_not = peers.chosen(["flash_mla"], None)
+    assert [peer.title for peer in found] == ["FlashMLA"]
+    assert not why_not
+
+
+def test_tells_which_distribution_a_peer_is_of() -> None:
+    sdpa, unknown = peers.PEERS[3], peers.Peer("x", "X", "no_such_module", peers.PEERS[3].prepare)
+    assert sdpa.installed_as() == f"torch {importlib.metadata.version('torch')}"
+    assert unknown.installed_as() is None
 
 
 class FakeTimed:
@@ -269,6 +285,8 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert set(case["hot"]) >= {"tflops", "tbps", "mma_percent", "hbm_percent", "sm_mhz", "watts"}
     assert set(case["ratio_to_peers"]) == {"FlashMLA", "FlashInfer fa3", "FA3"}
     assert case["ratio_to_peers"]["FA3"] == {"hot": 1.0, "cold": 1.0}
+    assert result["peers_installed_as"]["FA3"] is None
+    assert result["peers_installed_as"]["Wrong"].startswith("torch ")
     assert case["peers"]["FA3"]["check"]["error_lse"] < 1e-3
     assert case["peers"]["Wrong"]["error"].startswith("WrongResultError: ")
     assert "FAILED custom_b3_h4_s1_90" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
-from .shapes import QUICK, SHAPES, Shape, custom, named
+from .shapes import FLASH_MLA_MODULE, QUICK, SHAPES, Shape, custom, named
 
 PEER_NAMES = ("flash_mla", "flashinfer", "fa3", "sdpa")
 DESCRIPTION = """\
@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peers.add_argument(
         "--peers", metavar="NAMES", help=f"of {','.join(PEER_NAMES)}, or none (default: those that are installed)"
     )
-    peers.add_argument("--flash-mla-module", metavar="MODULE", help="the name under which DeepSeek's is installed")
+    peers.add_argument(
+        "--flash-mla-module",
+        metavar="MODULE",
+        help=f"the name under which DeepSeek's is installed (default: {FLASH_MLA_MODULE}, of SGLang's kernels)",
+    )
     peers.add_argument("--planning", action="store_true", help="also time our calls that plan, in turn with the others")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="PATH", help="where to write (default: <date>-<commit>.json)")
@@ -75,7 +79,7 @@ def run(
         if options.plot is not None:
             return _draw(options.plot, options.png)
         shapes = chosen_shapes(options)
-        peer_names = chosen_peers(options.peers, options.flash_mla_module)
+        peer_names = chosen_peers(options.peers)
     except (OSError, ValueError) as error:
         return _refuse(str(error))
     missing = machine.missing()
@@ -105,10 +109,10 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
     return [replace(shape, dtype=options.dtype, page_size=options.page_size) for shape in shapes]
 
 
-def chosen_peers(text: str | None, flash_mla_module: str | None) -> list[str]:
-    """Names of peers; by default all, DeepSeek's only where its module is named. Raises ValueError for an unknown."""
+def chosen_peers(text: str | None) -> list[str]:
+    """Names of peers, by default all. Raises ValueError for an unknown."""
     if text is None:
-        return [name for name in PEER_NAMES if name != "flash_mla" or flash_mla_module is not None]
+        return list(PEER_NAMES)
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in PEER_NAMES:

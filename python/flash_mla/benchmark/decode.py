@@ -59,6 +59,7 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
         "reference": REFERENCE_SOURCE,
         "reference_skeleton": REFERENCE_SKELETON,
         "timing": asdict(settings.plan.shared_by(len(settings.variants) + len(settings.peers))),
+        "peers_installed_as": {peer.title: peer.installed_as() for peer in settings.peers},
         "peers_missing": dict(settings.peers_missing),
         "cases": [],
         "failures": [],

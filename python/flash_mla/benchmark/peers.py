@@ -7,6 +7,7 @@ before, as for our own calls; what a layer must do is in the call.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 from ._torch import Tensor, torch
 from .oracle import SOFTMAX_SCALE
 from .pool import Pool
-from .shapes import HEAD_DIM_QK, HEAD_DIM_V
+from .shapes import FLASH_MLA_MODULE, HEAD_DIM_QK, HEAD_DIM_V
 
 _FLASHINFER_WORKSPACE_BYTES = 128 * 1024 * 1024
 _HEAD_DIM_ROPE = HEAD_DIM_QK - HEAD_DIM_V
@@ -39,14 +40,17 @@ class Peer:
 
     name: str
     title: str
-    module: str | None
+    module: str
     prepare: Callable[[Any, Pool], Prepared]
 
     def load(self) -> Any:
         """The module. Raises ImportError, or whatever its import raises."""
-        if self.module is None:
-            raise ImportError("named by --flash-mla-module, which was not given")
         return importlib.import_module(self.module)
+
+    def installed_as(self) -> str | None:
+        """The distribution that the module comes from, with its version; None where none says that it has it."""
+        names = importlib.metadata.packages_distributions().get(self.module.split(".")[0])
+        return f"{names[0]} {importlib.metadata.version(names[0])}" if names else None
 
 
 def _prepare_flash_mla(module: Any, pool: Pool) -> Prepared:
@@ -187,7 +191,7 @@ def _require_memory(num_bytes: int, like: Tensor) -> None:
 
 
 PEERS = (
-    Peer("flash_mla", "FlashMLA", None, _prepare_flash_mla),
+    Peer("flash_mla", "FlashMLA", FLASH_MLA_MODULE, _prepare_flash_mla),
     Peer("flashinfer", "FlashInfer fa3", "flashinfer.mla", _prepare_flashinfer),
     Peer("fa3", "FA3", "flash_attn_interface", _prepare_fa3),
     Peer("sdpa", "PyTorch SDPA", "torch.nn.functional", _prepare_sdpa),
@@ -201,7 +205,7 @@ def chosen(names: Sequence[str] | None, flash_mla_module: str | None) -> tuple[l
     for peer in PEERS:
         if names is not None and peer.name not in names:
             continue
-        if peer.name == "flash_mla":
+        if peer.name == "flash_mla" and flash_mla_module is not None:
             peer = replace(peer, module=flash_mla_module)
         try:
             peer.load()

@@ -9,6 +9,7 @@ from ..calls import HEAD_DIM_V as HEAD_DIM_V
 REFERENCE_SOURCE = "FlashMLA, hopper measurements of 2026-11-23 on another H200"
 REFERENCE_SKELETON = {"hot": 531, "cold": 655}  # what skew_skeleton gave on that GPU at 128 heads, TFLOP/s
 HEAD_DIM_QK = 576
+FLASH_MLA_MODULE = "sgl_kernel.flash_mla"  # where SGLang's kernels bring DeepSeek's FlashMLA
 
 
 @dataclass(frozen=True)
