@@ -15,6 +15,14 @@ int attribute(cudaDeviceAttr attr, int device) {
   return value;
 }
 
+/// 0 where the driver does not tell: of what is good to know, and no more.
+int attribute_if_known(cudaDeviceAttr attr, int device) {
+  int value = 0;
+  if (cudaDeviceGetAttribute(&value, attr, device) == cudaSuccess) return value;
+  (void)cudaGetLastError();
+  return 0;
+}
+
 DeviceProperties read_properties(int device) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
@@ -30,10 +38,10 @@ DeviceProperties read_properties(int device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
   constexpr double kHzPerKhz = 1000;
-  const double transfers = 2 * kHzPerKhz * attribute(cudaDevAttrMemoryClockRate, device);  // two a clock
+  const double transfers = 2 * kHzPerKhz * attribute_if_known(cudaDevAttrMemoryClockRate, device);  // two a clock
   return {major * 10 + minor, attribute(cudaDevAttrMultiProcessorCount, device),
-          kHzPerKhz * attribute(cudaDevAttrClockRate, device),
-          transfers * attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8};
+          kHzPerKhz * attribute_if_known(cudaDevAttrClockRate, device),
+          transfers * attribute_if_known(cudaDevAttrGlobalMemoryBusWidth, device) / 8};
 }
 
 constexpr int kNone = -1;

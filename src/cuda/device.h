@@ -14,7 +14,7 @@ constexpr int kMaxDevices = 64;
 struct DeviceProperties {
   int compute_capability;  // major * 10 + minor
   int num_sms;
-  double sm_clock;          // the highest, in Hz
+  double sm_clock;          // the highest, in Hz; 0 where it is not known
   double memory_bandwidth;  // of the data sheet, in bytes a second; 0 where it is not known
 };
 

@@ -27,10 +27,15 @@ TEST(WaitsForMemory, FourTilesDoNot) {
   EXPECT_FALSE(waits_for_memory(kH200, 4));
 }
 
-TEST(WaitsForMemory, UnknownBandwidthLeavesItToTheTiles) {
-  constexpr DeviceProperties kUnknown{90, 132, 1.98e9, 0};
-  EXPECT_TRUE(waits_for_memory(kUnknown, 1));
-  EXPECT_FALSE(waits_for_memory(kUnknown, 2));
+TEST(WaitsForMemory, WhatIsUnknownLeavesItToTheTiles) {
+  constexpr DeviceProperties kUnknownBandwidth{90, 132, 1.98e9, 0};
+  constexpr DeviceProperties kUnknownClock{90, 132, 0, kH100.memory_bandwidth};
+  for (const DeviceProperties& device : {kUnknownBandwidth, kUnknownClock}) {
+    EXPECT_TRUE(waits_for_memory(device, 1));
+    EXPECT_FALSE(waits_for_memory(device, 2));
+  }
 }
+
+TEST(WaitsForMemory, OneTileDoesOnAFewSms) { EXPECT_TRUE(waits_for_memory({90, 16, 1.98e9, 4.8e12}, 1)); }
 
 }  // namespace

@@ -61,7 +61,8 @@ class FirstBlock {
     exists = block < end_block_;
   }
 
-  /// Whether the part is so long that CTAs end far apart: those that begin early then have time to ask L2 for more.
+  /// Whether the part has so many blocks of the request that CTAs end far apart: those that begin early then have time
+  /// to ask L2 for more.
   /// Of one that exists.
   __device__ __forceinline__ bool is_of_long_part() const { return end_block_ - block >= kBlocksOfLongPart; }
 
@@ -99,7 +100,7 @@ class FirstBlock {
   int value_ = 0;
 };
 
-/// Asks for a block to come into L2. By one thread.
+/// Asks for a block, which lies in one page, to come into L2. By one thread.
 __device__ __forceinline__ void prefetch_block(const DenseDecodeParams& params, int block, int page, int head_k) {
   constexpr int kChunkColumns = 64;
 #pragma unroll

@@ -112,8 +112,8 @@ class Scorer {
   /// S = Q K^T, in the order in which the chunks come. Those that meet Q in shared memory come first: the last ones
   /// then leave shared memory to PV. P of the block before, if there is one, is handed over when almost all is issued,
   /// so that PV runs during this block's softmax, and not beside QK; and earlier where the last pair is late and memory
-  /// is the limit, as PV gives some of it back. Whether a pair is there is looked up
-  /// before the chunk ahead of it is issued: the answer takes as long as a wgmma does.
+  /// is the limit, as PV gives slots back. Whether a pair is there is looked up before the chunk ahead of it is issued:
+  /// the answer takes as long as a wgmma does.
   __device__ __forceinline__ void issue_qk(bool is_first, bool has_rope) {
     bool owes_p = !is_first;
     ptx::mbarrier_wait_unless(has_rope, ptx::shared_address(&shared_.rope_full[rope_.slot]), rope_.phase);
