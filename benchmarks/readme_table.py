@@ -88,19 +88,21 @@ def table(decode: dict[str, Any]) -> str:
     peers = list(dict.fromkeys(title for case in decode["cases"] for title in case.get("ratio_to_peers", {})))
     titles = peers or ["FlashMLA"]
     lines = [
+        f"**{gpu['gpu']}**",
+        "",
         "| case | batch, heads, s_q, tokens | hot | cold | of the ceiling, hot "
         + "".join(f"| to {title}, hot (cold) " for title in titles)
         + "|",
         "|---" * (5 + len(titles)) + "|",
         *(row(case, peers) for case in decode["cases"]),
         "",
-        f"Measured {decode['date'][:10]} on one {gpu['gpu']} (driver {gpu['driver']}) at commit {decode['commit']}. "
+        f"Measured {decode['date'][:10]} on one of these (driver {gpu['driver']}) at commit {decode['commit']}. "
         f"Ceilings: {decode['ceilings']['hbm_tbps']:.2f} TB/s and {decode['ceilings']['mma_tflops']:.0f} TFLOP/s.",
     ]
     if peers:
         lines.append(
-            f"The last columns are the speed relative to {report.of_distributions(decode, peers)}, in turn with ours "
-            "in the same run, on the same inputs."
+            f"The last columns are the speed relative to {' and '.join(report.of_distributions(decode, peers))}, "
+            "in turn with ours in the same run, on the same inputs."
         )
     else:
         lines.append(f"The last column is the speed relative to {decode['reference']}.")

@@ -334,7 +334,8 @@ def test_readme_table_reads_every_result(path: Path) -> None:
     if result["kind"] not in tables:
         pytest.skip("a result without a table")
     table = tables[result["kind"]]()
-    assert table.count("\n| ") == len(result["cases"])
+    rows = [line for line in table.splitlines() if re.match(r"\| (?!case \||percent \|)", line)]
+    assert len(rows) == len(result["cases"])
 
 
 def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

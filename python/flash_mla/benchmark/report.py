@@ -111,7 +111,7 @@ def show_decode(result: dict[str, Any]) -> None:
         titles = list(result["cases"][0]["peers"])
         if titles:
             out.print(_peers_table(result, titles))
-            out.print(f"peers: {of_distributions(result, titles)}", highlight=False, markup=False)
+            out.print(f"peers: {', '.join(of_distributions(result, titles))}", highlight=False, markup=False)
         if len(result["cases"][0]["variants"]) > 1:
             out.print(_variants_table(result))
     for title, why in result["peers_missing"].items():
@@ -119,10 +119,10 @@ def show_decode(result: dict[str, Any]) -> None:
     _show_failures(out, result)
 
 
-def of_distributions(result: dict[str, Any], titles: Sequence[str]) -> str:
-    """The peers of these titles, each with the distribution that it came from, where the result tells."""
+def of_distributions(result: dict[str, Any], titles: Sequence[str]) -> list[str]:
+    """These titles of peers, each with the distribution that it came from, where the result tells."""
     installed = result.get("peers_installed_as", {})
-    return ", ".join(f"{title} ({installed[title]})" if installed.get(title) else title for title in titles)
+    return [f"{title} ({installed[title]})" if installed.get(title) else title for title in titles]
 
 
 def show_sweep(result: dict[str, Any]) -> None:
