@@ -61,9 +61,8 @@ class FirstBlock {
     exists = block < end_block_;
   }
 
-  /// Whether the part has so many blocks of the request that CTAs end far apart: those that begin early then have time
-  /// to ask L2 for more.
-  /// Of one that exists.
+  /// Of a block that exists: whether the part has so many of the request that CTAs end far apart. Those that begin
+  /// early then have time to ask L2 for more.
   __device__ __forceinline__ bool is_of_long_part() const { return end_block_ - block >= kBlocksOfLongPart; }
 
   /// Looks at the lane's word again.
