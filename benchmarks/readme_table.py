@@ -42,7 +42,8 @@ def main() -> None:
     update(options.context_parallel, context_parallel_tables(several), options.check)
     runs = [run for run in all_runs if run.get("skeleton") and run["machine"]["gpu"] == decodes[0]["machine"]["gpu"]]
     profile = report.newest("profile", options.results)
-    update(options.kernels, kernel_tables(decodes[0], profile, runs[-RUNS:]), options.check)
+    text = kernel_tables(decodes[0], profile, runs[-RUNS:])
+    update(options.kernels, f"{text}\n\n{beside_flash_mla_table(all_runs)}", options.check)
 
 
 def update(page: Path, text: str, check: bool) -> None:
@@ -162,6 +163,31 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
         cells = (pair(ratios[name]) if name in ratios else "-" for name in names)
         lines.append(f"| {run['commit']} | {skeleton['hot']:.0f} ({skeleton['cold']:.0f}) | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def beside_flash_mla_table(runs: Sequence[dict[str, Any]]) -> str:
+    """FlashMLA's time over ours, and ours over FlashMLA's where latency counts, of each run that measured both."""
+    title = "FlashMLA"
+    both = [run for run in reversed(runs) if any(title in case.get("ratio_to_peers", {}) for case in run["cases"])]
+    heads = (
+        f"{run['machine']['gpu'].split()[1]}, {run['ceilings']['hbm_tbps']:.2f} TB/s, at {run['commit']}"
+        for run in both
+    )
+    lines = [f"| FlashMLA in turn, hot (cold) | {' | '.join(heads)} |", "|---" * (len(both) + 1) + "|"]
+    ratios = [{case["shape"]["name"]: case["ratio_to_peers"].get(title) for case in run["cases"]} for run in both]
+    for shape in (case["shape"] for case in (both[0]["cases"] if both else [])):
+        is_share = shape["unit"] == "us"
+        cells = (
+            "-" if (ratio := of_run.get(shape["name"])) is None else pair(inverse(ratio) if is_share else ratio)
+            for of_run in ratios
+        )
+        words = "our share of its time" if is_share else "our speed over its"
+        lines.append(f"| {shape['name']}, {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def inverse(ratio: dict[str, float]) -> dict[str, float]:
+    return {state: 1 / value for state, value in ratio.items()}
 
 
 def pair(ratio: dict[str, float]) -> str:

@@ -364,6 +364,17 @@ def test_readme_table_reads_a_new_result() -> None:
     assert "relative to FA3 (fa3 1.0), in turn" in text
 
 
+def test_table_beside_flash_mla() -> None:
+    """Of runs that measured it only, the latest first: speed, and where latency counts the share of its time."""
+    result = decode_result((SHAPES[0], SHAPES[-1]))
+    result["cases"][0]["ratio_to_peers"] = {"FlashMLA": {"hot": 1.1, "cold": 1.2}}
+    result["cases"][1]["ratio_to_peers"] = {"FlashMLA": {"hot": 2.0, "cold": 1.6}}
+    text = readme_table().beside_flash_mla_table([result, decode_result(), {**result, "commit": "newer12"}])
+    assert "| H200, 4.60 TB/s, at newer12 | H200, 4.60 TB/s, at abc1234 |" in text
+    assert f"| {SHAPES[0].name}, our speed over its | 1.10 (1.20) | 1.10 (1.20) |" in text
+    assert f"| {SHAPES[-1].name}, our share of its time | 0.50 (0.62) | 0.50 (0.62) |" in text
+
+
 def test_readme_table_of_a_result_without_peers() -> None:
     result = decode_result(SHAPES[:1])
     result["cases"][0] |= {"peers": {}, "ratio_to_peers": {}}

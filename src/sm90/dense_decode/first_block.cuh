@@ -100,17 +100,18 @@ class FirstBlock {
 };
 
 /// Asks for a block, which lies in one page, to come into L2. By one thread.
+template <class Traits>
 __device__ __forceinline__ void prefetch_block(const DenseDecodeParams& params, int block, int page, int head_k) {
-  constexpr int kChunkColumns = 64;
 #pragma unroll
-  for (int column = 0; column < kHeadDimQk; column += kChunkColumns) {
+  for (int column = 0; column < kHeadDimQk; column += Traits::kChunkColumns) {
     ptx::tma_prefetch_4d(&params.k_cache_map, column, params.in_page(block * scheduler::kBlockN), head_k, page);
   }
 }
 /// A function, so that this code is not in the way of short parts.
+template <class Traits>
 static __device__ __noinline__ void prefetch_block_of_long_part(const DenseDecodeParams& params, int block, int page,
                                                                 int head_k) {
-  prefetch_block(params, block, page, head_k);
+  prefetch_block<Traits>(params, block, page, head_k);
 }
 
 }  // namespace flash_mla::sm90

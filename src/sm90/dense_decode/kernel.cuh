@@ -70,8 +70,8 @@ struct DenseDecodeKernel {
   /// overlap. In short parts this loses: Q is what is waited for first.
   __device__ static void prefetch_first_blocks(const DenseDecodeParams& params, const FirstBlock& first, int head_k) {
     if (params.shares_kv || !first.is_of_long_part()) return;
-    prefetch_block_of_long_part(params, first.block, first.page, head_k);
-    prefetch_block_of_long_part(params, first.block + 1, first.next_page, head_k);
+    prefetch_block_of_long_part<Traits>(params, first.block, first.page, head_k);
+    prefetch_block_of_long_part<Traits>(params, first.block + 1, first.next_page, head_k);
   }
   /// Copies the part's first block, into slots that nobody has used yet.
   __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,

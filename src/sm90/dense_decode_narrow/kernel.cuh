@@ -67,8 +67,8 @@ struct NarrowDecodeKernel {
   /// Asks for the part's first block to come into L2, and the second of a long part: memory has time while the last
   /// CTAs of the grids before run.
   __device__ static void prefetch_first_blocks(const DenseDecodeParams& params, const FirstBlock& first, int head_k) {
-    prefetch_block(params, first.block, first.page, head_k);
-    if (first.is_of_long_part()) prefetch_block_of_long_part(params, first.block + 1, first.next_page, head_k);
+    prefetch_block<Traits>(params, first.block, first.page, head_k);
+    if (first.is_of_long_part()) prefetch_block_of_long_part<Traits>(params, first.block + 1, first.next_page, head_k);
   }
   /// Copies the part's first block, into the first slot, which nobody has used yet.
   __device__ static void load_first_block(const DenseDecodeParams& params, Storage& shared, const FirstBlock& first,
