@@ -32,13 +32,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
-    all_runs = report.of_kind("decode", options.results)
+    every_run = report.of_kind("decode", options.results)
+    all_runs = [run for run in every_run if not table_tokens(run)]
     if not all_runs:
         raise SystemExit(f"no result of bench_decode.py in {options.results}")
     by_gpu = {run["machine"]["gpu"]: run for run in all_runs}
     decodes = [by_gpu[gpu] for gpu in sorted(by_gpu, reverse=True)]
     several = report.of_kind("context_parallel", options.results)
-    update(options.readme, tables(decodes, report.newest("host_overhead", options.results)), options.check)
+    wide = next((run for run in reversed(every_run) if table_tokens(run)), None)
+    update(options.readme, tables(decodes, report.newest("host_overhead", options.results), wide), options.check)
     update(options.context_parallel, context_parallel_tables(several), options.check)
     runs = [run for run in all_runs if run.get("skeleton") and run["machine"]["gpu"] == decodes[0]["machine"]["gpu"]]
     profile = report.newest("profile", options.results)
@@ -64,8 +66,13 @@ def replaced(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None) -> str:
-    """A table for each GPU's result, and what words mean."""
+def table_tokens(decode: dict[str, Any]) -> int:
+    """The tokens that block tables were given room for, or 0 where they were as wide as the longest request needs."""
+    return max((case["shape"].get("table_tokens", 0) for case in decode["cases"]), default=0)
+
+
+def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide: dict[str, Any] | None = None) -> str:
+    """A table for each GPU's result, what words mean, and what the cases of `wide` take."""
     parts = [table(decode) for decode in decodes]
     parts.append(
         "As CUDA graphs, with L2 cold and the plan given. Hot: bursts under the power limit; cold: a few calls after a "
@@ -79,6 +86,14 @@ def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None) -> st
         parts[-1] += (
             f"\nA call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
             f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
+        )
+    if wide is not None:
+        times = (
+            f"{case['shape']['name']} {case['hot']['us']:.1f} us{share_of_flash_mla(case)}" for case in wide["cases"]
+        )
+        parts[-1] += (
+            "\nBlock tables above are as wide as the longest request needs. With room for "
+            f"{table_tokens(wide):,} tokens a request, hot, at commit {wide['commit']}: {'; '.join(times)}."
         )
     return "\n\n".join(parts)
 
@@ -184,6 +199,11 @@ def beside_flash_mla_table(runs: Sequence[dict[str, Any]]) -> str:
         words = "our share of its time" if is_share else "our speed over its"
         lines.append(f"| {shape['name']}, {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def share_of_flash_mla(case: dict[str, Any]) -> str:
+    ratio = case.get("ratio_to_peers", {}).get("FlashMLA")
+    return "" if ratio is None else f", {inverse(ratio)['hot']:.2f} of FlashMLA's time"
 
 
 def inverse(ratio: dict[str, float]) -> dict[str, float]:

@@ -140,6 +140,8 @@ def test_takes_all_cases_or_those_that_are_named() -> None:
     assert [s.name for s in chosen] == ["lat_b1_h128_1k", "custom_b2_h16_s1_100", "custom_b3_h8_s2_50"]
     assert [s.causal for s in chosen] == [False, True, True]
     assert {s.page_size for s in chosen} == {128}
+    assert {s.table_tokens for s in chosen} == {0}
+    assert command.chosen_shapes(options("lat_b1_h128_1k", "--table-tokens", "4096"))[0].table_tokens == 4096
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,8 @@ def test_takes_all_cases_or_those_that_are_named() -> None:
         (["--custom", "1,2,3"], "--custom: expected BATCH,HEADS,S_Q,TOKENS, got '1,2,3'"),
         (["--custom", "1,2,0,4"], "--custom: expected four numbers of at least 1"),
         (["--page-size", "48"], "--page-size: expected a power of two, got 48"),
+        (["--table-tokens", "-1"], "--table-tokens: expected at least 0, got -1"),
+        (["--sweep", "--table-tokens", "64"], "--sweep: expected no --table-tokens"),
         (["--std", "-1"], "--std: expected at least 0, got -1"),
         (["--peers", "fa3,fa4"], "--peers: .*got 'fa4'"),
         (["--sweep", "compute_s1_4k"], "--sweep: expected no cases"),
@@ -362,6 +366,18 @@ def test_readme_table_reads_a_new_result() -> None:
     assert "% MMA | - |" in text
     assert "% MMA | 1.10 (1.10) |" in text
     assert "relative to FA3 (fa3 1.0), in turn" in text
+
+
+def test_readme_tells_of_wide_tables() -> None:
+    module = readme_table()
+    wide = decode_result(SHAPES[:1])
+    assert module.table_tokens(wide) == 0
+    wide["cases"][0]["shape"]["table_tokens"] = 163840
+    wide["cases"][0]["ratio_to_peers"] = {"FlashMLA": {"hot": 2.0, "cold": 1.6}}
+    assert module.table_tokens(wide) == 163840
+    text = module.tables([decode_result()], None, wide)
+    assert "With room for 163,840 tokens a request" in text
+    assert f"{SHAPES[0].name} {wide['cases'][0]['hot']['us']:.1f} us, 0.50 of FlashMLA's time." in text
 
 
 def test_table_beside_flash_mla() -> None:

@@ -29,6 +29,7 @@ SHAPES_ON_CPU = (
     Shape("one query", 2, 8, 1, 130, "us"),
     Shape("two KV heads", 2, 4, 3, 70, "us", causal=True, num_heads_k=2, page_size=32),
     Shape("not causal", 2, 2, 2, 64, "us", dtype="float16"),
+    Shape("wide table", 2, 2, 1, 70, "us", std_seqlen_k=30, table_tokens=500),
 )
 
 
@@ -64,6 +65,7 @@ def test_pool_and_oracle(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     p = make_pool(shape)
     assert p.rotations > 1
     assert p.k_cache(0).data_ptr() != p.k_cache(1).data_ptr()
+    assert p.block_table.shape[1] == -(-max(*p.lengths, shape.table_tokens) // shape.page_size)
     requests = list(range(shape.batch_size))
     assert p.some_requests(shape.batch_size) == requests
     for rotation in (0, p.rotations - 1):

@@ -33,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--causal", action="store_true", help="the custom shapes are causal")
     shapes.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     shapes.add_argument("--page-size", type=int, default=64)
+    shapes.add_argument(
+        "--table-tokens",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="room of the block table for each request, as in engines with one table for all lengths (default, and at "
+        "least: the longest request)",
+    )
     shapes.add_argument("--sweep", action="store_true", help="instead of cases: planes of context, batch, heads, s_q")
     timing = parser.add_argument_group("time spent")
     timing.add_argument("--quick", action="store_true", help=f"one short burst; without cases: {', '.join(QUICK)}")
@@ -98,15 +106,20 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
         raise ValueError(f"--page-size: expected a power of two, got {options.page_size}")
     if options.std < 0:
         raise ValueError(f"--std: expected at least 0, got {options.std}")
+    if options.table_tokens < 0:
+        raise ValueError(f"--table-tokens: expected at least 0, got {options.table_tokens}")
     if options.sweep and (options.cases or options.custom):
         raise ValueError("--sweep: expected no cases beside it")
+    if options.sweep and options.table_tokens:
+        raise ValueError("--sweep: expected no --table-tokens beside it")
     shapes = named(options.cases)
     try:
         shapes += [custom(text, options.std, options.causal) for text in options.custom]
     except ValueError as error:
         raise ValueError(f"--custom: {error}") from None
     shapes = shapes or named(list(QUICK) if options.quick else [shape.name for shape in SHAPES])
-    return [replace(shape, dtype=options.dtype, page_size=options.page_size) for shape in shapes]
+    common = {"dtype": options.dtype, "page_size": options.page_size, "table_tokens": options.table_tokens}
+    return [replace(shape, **common) for shape in shapes]
 
 
 def chosen_peers(text: str | None) -> list[str]:

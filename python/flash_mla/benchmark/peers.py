@@ -138,7 +138,7 @@ def _prepare_fa3(module: Any, pool: Pool) -> Prepared:
             v_cache,
             qv=q_v,
             cache_seqlens=pool.cache_seqlens,
-            page_table=pool.block_table,
+            page_table=pool.block_table[:, : max(pool.pages_of)],
             softmax_scale=SOFTMAX_SCALE,
             causal=shape.causal,
             scheduler_metadata=scheduler_metadata,
@@ -158,7 +158,7 @@ def _prepare_sdpa(module: Any, pool: Pool) -> Prepared:
     # (batch, num_heads_k, seqlen_q * group, 576)
     q = pool.q.view(shape.batch_size, shape.seqlen_q, shape.num_heads_k, group, HEAD_DIM_QK).transpose(1, 2)
     q = q.flatten(2, 3)
-    table = pool.block_table.long()
+    table = pool.block_table[:, : max(pool.pages_of)].long()
     position = torch.arange(length, device=q.device)
     causal = shape.causal and shape.seqlen_q > 1
     queries = torch.arange(shape.seqlen_q if causal else 1, device=q.device)

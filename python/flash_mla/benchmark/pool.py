@@ -68,7 +68,8 @@ class Pool:
             np.random.default_rng(seed).permutation(pages).astype(np.int32)
         ).to(self.q.device)
         self.pages_of = [-(-length // shape.page_size) for length in self.lengths]
-        self.block_table: Tensor = _block_table(self.page_indices, self.pages_of)
+        width = -(-max(shape.table_tokens, *self.lengths) // shape.page_size)
+        self.block_table: Tensor = _block_table(self.page_indices, self.pages_of, width)
         self.cache_seqlens: Tensor = torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
         self.out: Tensor = self.q.new_empty((*q_shape[:3], HEAD_DIM_V))
         self.lse: Tensor = self.q.new_empty((shape.batch_size, shape.num_heads_q, shape.seqlen_q), dtype=torch.float32)
@@ -102,8 +103,8 @@ class Pool:
         return sorted({by_length[round(place)] for place in places.tolist()})
 
 
-def _block_table(page_indices: Tensor, pages_of: Sequence[int]) -> Tensor:
-    table = page_indices.new_zeros((len(pages_of), max(pages_of)))
+def _block_table(page_indices: Tensor, pages_of: Sequence[int], width: int) -> Tensor:
+    table = page_indices.new_zeros((len(pages_of), width))
     start = 0
     for request, count in enumerate(pages_of):
         table[request, :count] = page_indices[start : start + count]

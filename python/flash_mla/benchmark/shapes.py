@@ -22,7 +22,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Shape:
-    """A step of decoding. `unit` is what counts for it: "TFLOP/s", "TB/s" or "us"."""
+    """A step of decoding. `unit` is what counts for it: "TFLOP/s", "TB/s" or "us".
+
+    The block table has room for `table_tokens` tokens a request, or for the longest request if that is more.
+    """
 
     name: str
     batch_size: int
@@ -36,6 +39,7 @@ class Shape:
     num_heads_k: int = 1
     page_size: int = 64
     dtype: str = "bfloat16"
+    table_tokens: int = 0
 
     def lengths(self) -> list[int]:
         """Tokens of each request: the mean, or normally distributed around it."""

@@ -2,6 +2,7 @@
 
 #include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/first_block.cuh"
+#include "sm90/dense_decode/next_grid.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (warp == Traits::kQueryWarp && ptx::elect_one()) Kernel::init_query(shared);
     __syncwarp();
     ptx::wait_for_previous_grids();
-    if (!params.shares_kv) ptx::launch_dependents();
+    if (lets_next_begin_at_once(params)) ptx::launch_dependents();
     if (warp == Traits::kQueryWarp && ptx::elect_one()) {
       Kernel::load_first_query(params, shared, tile, head_k, /*request=*/0);
     }
@@ -112,6 +113,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   } else if (warpgroup < Traits::kNumConsumers) {
     ptx::set_registers<Traits::kRegisters, Traits::kConsumerRegisters>();
     Kernel::consume(params, shared, tile, head_k, ptx::cta_z(), warpgroup);
+    if (warp == 0 && lets_next_begin(params, shared.plan)) ptx::launch_dependents();
     merge_splits<Traits>(params, shared, tile, head_k);
   } else {
     ptx::set_registers<Traits::kRegisters, Traits::kScorerRegisters>();

@@ -52,9 +52,8 @@ struct DenseDecodeParams {
   std::int64_t stride_block_table;
   const int* cache_seqlens;
 
-  /// Whether several tiles read the same KV, in long parts. Then this grid lets no other begin before it has ended: on
-  /// an idle GPU neighbours in a grid are neighbours, and their loads of the same lines become one; placed on SMs as a
-  /// grid leaves them, the tiles of one KV are far from each other.
+  /// Whether several tiles read the same KV, in parts that are long if requests are as long as the block table has room
+  /// for.
   bool shares_kv;
 
   /// Whether a block takes memory longer than the tensor cores, as all SMs ask at the same time. Tiles of 64 rows then
