@@ -39,10 +39,10 @@ def main() -> None:
     by_gpu = {run["machine"]["gpu"]: run for run in all_runs}
     decodes = [by_gpu[gpu] for gpu in sorted(by_gpu, reverse=True)]
     several = report.of_kind("context_parallel", options.results)
-    wide = next((run for run in reversed(every_run) if table_tokens(run)), None)
+    wide = next((run for run in reversed(every_run) if table_tokens(run) and is_same_gpu(run, decodes[0])), None)
     update(options.readme, tables(decodes, report.newest("host_overhead", options.results), wide), options.check)
     update(options.context_parallel, context_parallel_tables(several), options.check)
-    runs = [run for run in all_runs if run.get("skeleton") and run["machine"]["gpu"] == decodes[0]["machine"]["gpu"]]
+    runs = [run for run in all_runs if run.get("skeleton") and is_same_gpu(run, decodes[0])]
     profile = report.newest("profile", options.results)
     text = kernel_tables(decodes[0], profile, runs[-RUNS:])
     update(options.kernels, f"{text}\n\n{beside_flash_mla_table(all_runs)}", options.check)
@@ -71,12 +71,16 @@ def table_tokens(decode: dict[str, Any]) -> int:
     return max((case["shape"].get("table_tokens", 0) for case in decode["cases"]), default=0)
 
 
+def is_same_gpu(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one["machine"]["gpu"] == other["machine"]["gpu"])
+
+
 def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide: dict[str, Any] | None = None) -> str:
     """A table for each GPU's result, what words mean, and what the cases of `wide` take."""
     parts = [table(decode) for decode in decodes]
     parts.append(
         "As CUDA graphs, with L2 cold and the plan given. Hot: bursts under the power limit; cold: a few calls after a "
-        "rest."
+        "rest. Block tables are as wide as the longest request needs."
     )
     if host is not None:
         given, left_out, empty = (
@@ -92,8 +96,8 @@ def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide:
             f"{case['shape']['name']} {case['hot']['us']:.1f} us{share_of_flash_mla(case)}" for case in wide["cases"]
         )
         parts[-1] += (
-            "\nBlock tables above are as wide as the longest request needs. With room for "
-            f"{table_tokens(wide):,} tokens a request, hot, at commit {wide['commit']}: {'; '.join(times)}."
+            f"\nWhere they have room for {table_tokens(wide):,} tokens a request, hot, on one {wide['machine']['gpu']} "
+            f"at commit {wide['commit']}: {'; '.join(times)}."
         )
     return "\n\n".join(parts)
 

@@ -151,7 +151,8 @@ def test_takes_all_cases_or_those_that_are_named() -> None:
         (["--custom", "1,2,3"], "--custom: expected BATCH,HEADS,S_Q,TOKENS, got '1,2,3'"),
         (["--custom", "1,2,0,4"], "--custom: expected four numbers of at least 1"),
         (["--page-size", "48"], "--page-size: expected a power of two, got 48"),
-        (["--table-tokens", "-1"], "--table-tokens: expected at least 0, got -1"),
+        (["--table-tokens", "-1"], "--table-tokens: expected at least 65536, as lat_b1_h128_64k has, got -1"),
+        (["lat_b1_h128_1k", "--table-tokens", "1000"], "--table-tokens: expected at least 1024, as lat_b1_h128_1k"),
         (["--sweep", "--table-tokens", "64"], "--sweep: expected no --table-tokens"),
         (["--std", "-1"], "--std: expected at least 0, got -1"),
         (["--peers", "fa3,fa4"], "--peers: .*got 'fa4'"),
@@ -376,7 +377,7 @@ def test_readme_tells_of_wide_tables() -> None:
     wide["cases"][0]["ratio_to_peers"] = {"FlashMLA": {"hot": 2.0, "cold": 1.6}}
     assert module.table_tokens(wide) == 163840
     text = module.tables([decode_result()], None, wide)
-    assert "With room for 163,840 tokens a request" in text
+    assert "Where they have room for 163,840 tokens a request" in text
     assert f"{SHAPES[0].name} {wide['cases'][0]['hot']['us']:.1f} us, 0.50 of FlashMLA's time." in text
 
 

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="TOKENS",
-        help="room of the block table for each request, as in engines with one table for all lengths (default, and at "
-        "least: the longest request)",
+        help="room of the block table for each request, as in engines with one table for all lengths (default: what "
+        "the case's longest request needs)",
     )
     shapes.add_argument("--sweep", action="store_true", help="instead of cases: planes of context, batch, heads, s_q")
     timing = parser.add_argument_group("time spent")
@@ -106,8 +106,6 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
         raise ValueError(f"--page-size: expected a power of two, got {options.page_size}")
     if options.std < 0:
         raise ValueError(f"--std: expected at least 0, got {options.std}")
-    if options.table_tokens < 0:
-        raise ValueError(f"--table-tokens: expected at least 0, got {options.table_tokens}")
     if options.sweep and (options.cases or options.custom):
         raise ValueError("--sweep: expected no cases beside it")
     if options.sweep and options.table_tokens:
@@ -118,6 +116,10 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
     except ValueError as error:
         raise ValueError(f"--custom: {error}") from None
     shapes = shapes or named(list(QUICK) if options.quick else [shape.name for shape in SHAPES])
+    if options.table_tokens:
+        longest, name = max((max(shape.lengths()), shape.name) for shape in shapes)
+        if options.table_tokens < longest:
+            raise ValueError(f"--table-tokens: expected at least {longest}, as {name} has, got {options.table_tokens}")
     common = {"dtype": options.dtype, "page_size": options.page_size, "table_tokens": options.table_tokens}
     return [replace(shape, **common) for shape in shapes]
 
@@ -164,7 +166,8 @@ def _publish(result: dict[str, Any], options: argparse.Namespace, folder: Path) 
     from . import plots, report
 
     is_sweep = result["kind"] == "sweep"
-    path = report.write(result, options.json, "-sweep" if is_sweep else "", folder)
+    suffix = "-sweep" if is_sweep else "-wide-table" if options.table_tokens else ""
+    path = report.write(result, options.json, suffix, folder)
     (report.show_sweep if is_sweep else report.show_decode)(result)
     print(f"\nwritten to {path}")
     try:

@@ -66,8 +66,8 @@ struct DenseDecodeKernel {
     ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
   }
 
-  /// Asks for the first two blocks of a long part to come into L2, unless tiles share KV, so that calls in a row do not
-  /// overlap. In short parts this loses: Q is what is waited for first.
+  /// Asks for the first two blocks of a long part to come into L2, unless tiles share KV: then calls in a row do not
+  /// overlap where parts are long. In short parts this loses: Q is what is waited for first.
   __device__ static void prefetch_first_blocks(const DenseDecodeParams& params, const FirstBlock& first, int head_k) {
     if (params.shares_kv || !first.is_of_long_part()) return;
     prefetch_block_of_long_part<Traits>(params, first.block, first.page, head_k);

@@ -4,7 +4,7 @@
 #include "sm90/dense_decode/part_plan.cuh"
 
 // When the next grid may begin, on SMs that have nothing to do. There it looks what to load first, and asks L2 for it.
-// It begins when all CTAs of this one have let it, or ended.
+// It begins when all CTAs of this one have let it, or ended, and until all have ended it only guesses.
 //
 // Not before this grid has ended where several tiles read the same KV in long parts: on an idle GPU neighbours in a
 // grid are neighbours, and their loads of the same lines become one; placed on SMs as a grid leaves them, the tiles of
@@ -18,8 +18,9 @@ __device__ __forceinline__ bool lets_next_begin_at_once(const DenseDecodeParams&
   return !params.shares_kv && params.batch_size > 1;
 }
 
-/// Whether it may when the part's pieces are written and only merging is left. Parts of several requests count as long,
-/// and so do those of which nothing was rightly guessed.
+/// Whether it may when the part's pieces are written, or about to be, and only merging is left: a hint, which orders
+/// nothing. Where parts may be long, those of several requests count so, and those of which nothing was rightly
+/// guessed.
 __device__ __forceinline__ bool lets_next_begin(const DenseDecodeParams& params, const PartPlan& plan) {
   constexpr int kMaxShortPart = 8;  // blocks
   const scheduler::Part& part = plan.part;
