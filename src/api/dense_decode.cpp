@@ -23,7 +23,7 @@ namespace {
 
 constexpr std::size_t kWorkspaceAlignment = 16;
 constexpr int kChunkColumns = 64;  // 128 bytes: the swizzle's row
-constexpr int kMaxShortPart = 4;   // blocks
+constexpr int kMaxMeanPart = 4;    // blocks a part, on average, that are few
 constexpr float kLog2E = 1.44269504088896340736F;
 
 /// Where things lie in the workspace, in bytes. The plan comes first, and only where the caller gives none.
@@ -181,7 +181,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
   const std::int64_t max_blocks = shape.batch_size * scheduler::num_blocks(params.max_seqlen_k);
-  params.shares_kv = params.tiling.num_tiles > 1 && max_blocks > std::int64_t{kMaxShortPart} * params.num_parts;
+  params.shares_kv = params.tiling.num_tiles > 1 && max_blocks > std::int64_t{kMaxMeanPart} * params.num_parts;
   params.waits_for_memory = waits_for_memory(cuda::device_properties(args.q.device.index), params.tiling.num_tiles);
   params.cluster_size = work.cluster_size;
   params.softmax_scale = args.softmax_scale;
