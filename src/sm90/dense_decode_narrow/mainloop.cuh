@@ -72,14 +72,14 @@ class NarrowConsumer {
   /// In two groups, a half of the columns each.
   __device__ __forceinline__ void issue_pv() {
     const ptx::SwizzledOperand<16> p(ptx::shared_address(shared_.p[at_.slot]));
+    const ptx::SwizzledOperand<Traits::kChunkBytes> v(
+        ptx::shared_address(shared_.kv[at_.slot][1 + warpgroup_ * Traits::kOwnChunks]));
 #pragma unroll
     for (int j = 0; j < Traits::kOwnChunks; ++j) {
-      const ptx::SwizzledOperand<Traits::kChunkBytes> v(
-          ptx::shared_address(shared_.kv[at_.slot][1 + warpgroup_ * Traits::kOwnChunks + j]));
 #pragma unroll
       for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-        ptx::wgmma_m64k16<Element, true>(o[j], v.at(step * 16 * Traits::kRowBytes), p.at(step * Traits::kStepBytes),
-                                         true);
+        ptx::wgmma_m64k16<Element, true>(o[j], v.at(j * Traits::kChunkBytes + step * 16 * Traits::kRowBytes),
+                                         p.at(step * Traits::kStepBytes), true);
       }
       if (j % (Traits::kOwnChunks / 2) == Traits::kOwnChunks / 2 - 1) ptx::wgmma_commit();
     }

@@ -69,18 +69,23 @@ class NarrowScorer {
     return __any_sync(~0U, ptx::named_barrier_any(kScorerBarrier, Traits::kWarpgroupThreads, value));
   }
 
+  /// S^T = K Q^T, chunk by chunk as they come. Whether a chunk is there is looked up before the one ahead of it is
+  /// issued: the answer takes as long as a wgmma does.
   __device__ __forceinline__ void issue_qk() {
     const ptx::SwizzledOperand<16> q(ptx::shared_address(shared_.q));
+    const ptx::SwizzledOperand<16> k(ptx::shared_address(shared_.kv[at_.slot]));
+    bool has_chunk = false;
 #pragma unroll
     for (int i = 0; i < Traits::kNumChunks; ++i) {
-      const int chunk = Traits::chunk_in_slot(i);
-      ptx::mbarrier_wait(ptx::shared_address(&shared_.kv_full[at_.slot][i]), at_.phase);
-      const ptx::SwizzledOperand<16> k(ptx::shared_address(shared_.kv[at_.slot][i]));
+      ptx::mbarrier_wait_unless(has_chunk, ptx::shared_address(&shared_.kv_full[at_.slot][i]), at_.phase);
+      if (i + 1 < Traits::kNumChunks) {
+        has_chunk = ptx::mbarrier_test(ptx::shared_address(&shared_.kv_full[at_.slot][i + 1]), at_.phase);
+      }
 #pragma unroll
       for (int step = 0; step < Traits::kRowBytes / Traits::kStepBytes; ++step) {
-        ptx::wgmma_m64k16<Element, false>(s_, k.at(step * Traits::kStepBytes),
-                                          q.at(chunk * Traits::kQChunkBytes + step * Traits::kStepBytes),
-                                          i + step != 0);
+        ptx::wgmma_m64k16<Element, false>(
+            s_, k.at(i * Traits::kChunkBytes + step * Traits::kStepBytes),
+            q.at(Traits::chunk_in_slot(i) * Traits::kQChunkBytes + step * Traits::kStepBytes), i + step != 0);
       }
     }
     ptx::wgmma_commit();
@@ -147,16 +152,30 @@ class NarrowScorer {
       if (lane() < 4) warp_max[warp()][Accumulator::row_at(k)] = max;
     }
     sync();
+    // All loads before the first store: they would wait for it.
+    float of_warp[Traits::kWarpgroupWarps][Traits::kRowsPerThread];
+#pragma unroll
+    for (int w = 0; w < Traits::kWarpgroupWarps; ++w) {
+#pragma unroll
+      for (int k = 0; k < Traits::kRowsPerThread; k += 2) {
+        const float2 two = *reinterpret_cast<const float2*>(&warp_max[w][Accumulator::row_at(k)]);
+        of_warp[w][k] = two.x;
+        of_warp[w][k + 1] = two.y;
+      }
+    }
+    float factor[Traits::kRowsPerThread];
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const int row = Accumulator::row_at(k);
       float max = row_max_[k];
 #pragma unroll
-      for (int w = 0; w < Traits::kWarpgroupWarps; ++w) max = fmaxf(max, warp_max[w][row]);
-      const float factor = ptx::exp2_approx((row_max_[k] - max) * scale_log2);
-      row_sum_[k] *= factor;
+      for (int w = 0; w < Traits::kWarpgroupWarps; ++w) max = fmaxf(max, of_warp[w][k]);
+      factor[k] = ptx::exp2_approx((row_max_[k] - max) * scale_log2);
+      row_sum_[k] *= factor[k];
       row_max_[k] = max;
-      if (warp() == 0 && lane() < 4) shared_.rescale[at_.slot][row] = factor;
+    }
+    if (warp() == 0 && lane() < 4) {
+#pragma unroll
+      for (int k = 0; k < Traits::kRowsPerThread; ++k) shared_.rescale[at_.slot][Accumulator::row_at(k)] = factor[k];
     }
   }
 
@@ -184,12 +203,17 @@ class NarrowScorer {
   }
 
   __device__ __forceinline__ float2 total() const {
+    // All shuffles before the branch, so that those of a row need not wait for those of another.
+    float sums[Traits::kRowsPerThread];
 #pragma unroll
-    for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      const float sum = column_reduce_sum(row_sum_[k]);
-      const int row = Accumulator::row_at(k);
-      if (lane() < 4) reinterpret_cast<float*>(&shared_.warp_sums[row])[warp()] = sum;
-      if (lane() < 4 && warp() == 0) shared_.row_max[row] = row_max_[k];
+    for (int k = 0; k < Traits::kRowsPerThread; ++k) sums[k] = column_reduce_sum(row_sum_[k]);
+    if (lane() < 4) {
+#pragma unroll
+      for (int k = 0; k < Traits::kRowsPerThread; ++k) {
+        const int row = Accumulator::row_at(k);
+        reinterpret_cast<float*>(&shared_.warp_sums[row])[warp()] = sums[k];
+        if (warp() == 0) shared_.row_max[row] = row_max_[k];
+      }
     }
     sync();
     const int row = threadIdx.x % Traits::kWarpgroupThreads;
