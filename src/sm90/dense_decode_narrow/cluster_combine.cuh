@@ -59,7 +59,7 @@ class ClusterCombine {
         shared_(shared),
         request_(piece.request),
         size_(params.cluster_size),
-        chunks_(Traits::kNumVChunks / params.cluster_size),
+        chunks_(chunks_of(params.cluster_size)),
         staging_(shared.kv[piece.end_block - piece.begin_block == Traits::kNumSlots ? 0 : 1][0]) {}
 
   /// Gives each CTA of the cluster its chunks. By the warps of the producers, numbered from the first, when all CTAs
@@ -116,25 +116,13 @@ class ClusterCombine {
     ptx::mbarrier_wait(ptx::shared_address(&shared_.values_received), 0);
     __syncwarp();
     ptx::cluster_arrive();  // this CTA has received everything, so the others' memory may go
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks_; ++chunk, to += Traits::kChunkColumns) {
-      float value[4] = {};
-#pragma unroll
-      for (int piece = 0; piece < kMaxClusterSize; ++piece) {
-        if (piece >= size_) break;
-        const float4* const from = piece == rank ? own : &shared_.values[piece * chunks_ * kChunkVectors];
-        const float4 part = from[chunk * kChunkVectors + threadIdx.x];
-        const float weight[2] = {shared_.weights[piece][row], shared_.weights[piece][row + 1]};
-        value[0] = fmaf(weight[0], part.x, value[0]);
-        value[1] = fmaf(weight[1], part.y, value[1]);
-        value[2] = fmaf(weight[0], part.z, value[2]);
-        value[3] = fmaf(weight[1], part.w, value[3]);
-      }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const std::uint32_t two = ptx::transpose_matrix(pack<Element>(value[2 * j], value[2 * j + 1]));
-        if (at.is_valid()) *reinterpret_cast<std::uint32_t*>(to + 8 * j) = two;
-      }
+    if (size_ == kMaxClusterSize) {
+      add<kMaxClusterSize>(own, rank, row, to, at.is_valid());
+    } else if (size_ == kMaxClusterSize / 2) {
+      add<kMaxClusterSize / 2>(own, rank, row, to, at.is_valid());
+    } else {
+      static_assert(kMinClusterSize == kMaxClusterSize / 4);
+      add<kMinClusterSize>(own, rank, row, to, at.is_valid());
     }
     __syncwarp();
     ptx::cluster_wait();  // all have, so nothing reads this CTA's memory any more
@@ -154,6 +142,42 @@ class ClusterCombine {
   }
 
  private:
+  /// That a CTA of a cluster merges. A shift: sizes are powers of 2.
+  __device__ __forceinline__ static int chunks_of(int cluster_size) {
+    return Traits::kNumVChunks >> (31 - __clz(cluster_size));
+  }
+
+  /// Adds the pieces of this CTA's chunks, and writes results. All values of a chunk are read before any is added, so
+  /// that memory is waited for once.
+  template <int kSize>
+  __device__ __forceinline__ void add(const float4* own, int rank, int row, Element* to, bool is_valid) const {
+    constexpr int kChunks = Traits::kNumVChunks / kSize;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kChunks; ++chunk, to += Traits::kChunkColumns) {
+      float4 part[kSize];
+      float2 weight[kSize];
+#pragma unroll
+      for (int piece = 0; piece < kSize; ++piece) {
+        const float4* const from = piece == rank ? own : &shared_.values[piece * kChunks * kChunkVectors];
+        part[piece] = from[chunk * kChunkVectors + threadIdx.x];
+        weight[piece] = *reinterpret_cast<const float2*>(&shared_.weights[piece][row]);
+      }
+      float value[4] = {};
+#pragma unroll
+      for (int piece = 0; piece < kSize; ++piece) {
+        value[0] = fmaf(weight[piece].x, part[piece].x, value[0]);
+        value[1] = fmaf(weight[piece].y, part[piece].y, value[1]);
+        value[2] = fmaf(weight[piece].x, part[piece].z, value[2]);
+        value[3] = fmaf(weight[piece].y, part[piece].w, value[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const std::uint32_t two = ptx::transpose_matrix(pack<Element>(value[2 * j], value[2 * j + 1]));
+        if (is_valid) *reinterpret_cast<std::uint32_t*>(to + 8 * j) = two;
+      }
+    }
+  }
+
   /// A thread gives a row to a CTA.
   __device__ __forceinline__ void give_rows(int thread) const {
     const std::uint32_t received = ptx::shared_address(&shared_.rows_received);
