@@ -82,6 +82,14 @@ def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide:
         "As CUDA graphs, with L2 cold and the plan given. Hot: bursts under the power limit; cold: a few calls after a "
         "rest. Block tables are as wide as the longest request needs."
     )
+    if wide is not None:
+        times = (
+            f"{case['shape']['name']} {case['hot']['us']:.1f} us{share_of_flash_mla(case)}" for case in wide["cases"]
+        )
+        parts[-1] += (
+            f"\nWhere tables have room for {table_tokens(wide):,} tokens a request, hot, on one "
+            f"{wide['machine']['gpu']} at commit {wide['commit']}: {'; '.join(times)}."
+        )
     if host is not None:
         given, left_out, empty = (
             host["calls"][name]["median_us"]
@@ -90,14 +98,6 @@ def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide:
         parts[-1] += (
             f"\nA call costs the host {given:.1f} us with the plan given and {left_out:.1f} us with it left out, "
             f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
-        )
-    if wide is not None:
-        times = (
-            f"{case['shape']['name']} {case['hot']['us']:.1f} us{share_of_flash_mla(case)}" for case in wide["cases"]
-        )
-        parts[-1] += (
-            f"\nWhere they have room for {table_tokens(wide):,} tokens a request, hot, on one {wide['machine']['gpu']} "
-            f"at commit {wide['commit']}: {'; '.join(times)}."
         )
     return "\n\n".join(parts)
 

@@ -377,7 +377,7 @@ def test_readme_tells_of_wide_tables() -> None:
     wide["cases"][0]["ratio_to_peers"] = {"FlashMLA": {"hot": 2.0, "cold": 1.6}}
     assert module.table_tokens(wide) == 163840
     text = module.tables([decode_result()], None, wide)
-    assert "Where they have room for 163,840 tokens a request" in text
+    assert "Where tables have room for 163,840 tokens a request" in text
     assert f"{SHAPES[0].name} {wide['cases'][0]['hot']['us']:.1f} us, 0.50 of FlashMLA's time." in text
 
 
