@@ -147,8 +147,8 @@ class ClusterCombine {
     return Traits::kNumVChunks >> (31 - __clz(cluster_size));
   }
 
-  /// Adds the pieces of this CTA's chunks, and writes results. All values of a chunk are read before any is added, so
-  /// that memory is waited for once.
+  /// Adds the pieces of this CTA's chunks, and writes results. All values of a chunk are asked for before any is
+  /// added, so that they are waited for once, and not one after another.
   template <int kSize>
   __device__ __forceinline__ void add(const float4* own, int rank, int row, Element* to, bool is_valid) const {
     constexpr int kChunks = Traits::kNumVChunks / kSize;

@@ -69,8 +69,8 @@ class NarrowScorer {
     return __any_sync(~0U, ptx::named_barrier_any(kScorerBarrier, Traits::kWarpgroupThreads, value));
   }
 
-  /// S^T = K Q^T, chunk by chunk as they come. Whether a chunk is there is looked up before the one ahead of it is
-  /// issued: the answer takes as long as a wgmma does.
+  /// S^T = K Q^T, chunk by chunk as they come. Whether one is there is looked up before the wgmmas of the chunk
+  /// before it are issued: the answer takes as long as a wgmma does.
   __device__ __forceinline__ void issue_qk() {
     const ptx::SwizzledOperand<16> q(ptx::shared_address(shared_.q));
     const ptx::SwizzledOperand<16> k(ptx::shared_address(shared_.kv[at_.slot]));
