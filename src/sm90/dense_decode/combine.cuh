@@ -26,7 +26,9 @@ namespace flash_mla::sm90 {
 /// Merges one slice of a split request's tile. By all consumer threads. Half of their warps take the totals of the
 /// slice's rows, as these announce themselves, and find weights, before the values are there. The other half's lanes
 /// bring values into shared memory by bulk copies, which they issue as they see the pieces' flags. Each thread then
-/// adds all pieces of some values of a unit: as few as let most warps take part.
+/// adds all pieces of some values of a unit: as few as let most warps take part. Where there are many pieces of a
+/// single unit, adding takes as long as reading them from shared memory: then each warp adds a share of the pieces,
+/// when that is there, and what the warps have is added in the end.
 ///
 /// All of this runs once, so what counts is how many instructions follow on one another.
 template <class Traits>
@@ -38,7 +40,11 @@ class Combine {
   static constexpr int kLastWarp = kWarps - 1;
   static constexpr int kWeighingWarps = kWarps / 2;
   static constexpr int kLoadingWarps = kWarps - kWeighingWarps;
-  static_assert(kWeighingWarps == kLoadingWarps, "what MergeBarriers counts");
+  static_assert(kWeighingWarps == kLoadingWarps && kWarps == MergeBarriers::kNumShares, "what MergeBarriers counts");
+
+  /// Pieces from which on they are added in shares. The sums of a share, of float, then fit where its values were.
+  static constexpr int kMinPiecesInShares = 2 * kWarps;
+  static_assert(kMinPiecesInShares / kWarps * Slot::kUnitBytes >= Slot::kUnitValues * static_cast<int>(sizeof(float)));
 
   /// Units of a tile.
   struct Slice {
@@ -84,15 +90,18 @@ class Combine {
 
   /// `shared`: shared memory that nothing else uses any more once all consumers are here, aligned to 16 bytes.
   /// `barriers`: not used before; clear_flags waits for `seen`.
-  __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, unsigned char* shared,
-                     MergeBarriers& barriers)
+  __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, const RowCoordinate* rows,
+                     unsigned char* shared, MergeBarriers& barriers)
       : params_(params),
+        rows_(rows),
         tile_(tile),
         head_k_(head_k),
         values_(shared),
         met_(ptx::shared_address(&barriers.met)),
         gathered_(ptx::shared_address(&barriers.gathered)),
-        loaded_(ptx::shared_address(&barriers.loaded)) {}
+        loaded_(ptx::shared_address(&barriers.loaded)),
+        rows_known_(ptx::shared_address(&barriers.rows_known)),
+        share_loaded_(ptx::shared_address(&barriers.share_loaded)) {}
 
   /// `is_last`: of the slices of this request that the CTA merges, after which it looks at no flag any more.
   __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, bool is_last, std::uint64_t& seen) {
@@ -105,6 +114,20 @@ class Combine {
 
     ptx::fence_proxy_async();
     sync();  // shared memory is free
+    if (slice.count == 1 && n >= kMinPiecesInShares) {
+      merge_shares(split, slice, is_last, seen);
+    } else {
+      merge(split, slice, num_rows, is_last, seen);
+    }
+  }
+
+ private:
+  __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
+
+  /// All pieces of a value by one thread.
+  __device__ __forceinline__ void merge(const SplitRequest& split, const Slice& slice, int num_rows, bool is_last,
+                                        std::uint64_t& seen) {
+    const int n = split.num_pieces;
     if (warp() < kWeighingWarps) {
       gather(split, slice, num_rows);
       weigh(num_rows, n);
@@ -112,10 +135,11 @@ class Combine {
       if (lane() == 0 && warp() == kWeighingWarps) {
         ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
       }
-      for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * kLoadingWarps) {
-        place(split.request, slice, row);
-      }
-      load(split, slice);
+      place_rows(split.request, slice, num_rows);
+      const int of_warp = (n + kLoadingWarps - 1) / kLoadingWarps;
+      const int begin = (warp() - kWeighingWarps) * of_warp;
+      const int end = min(begin + of_warp, n);
+      load(split, slice, begin, end, end, loaded_, loaded_);
       if (is_last) arrive_of_warp(seen);
     }
     sync();
@@ -131,26 +155,70 @@ class Combine {
     }
   }
 
- private:
-  __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
+  /// The first piece of a share.
+  __device__ static int begin_of_share(int share, int num_pieces) {
+    return static_cast<int>(static_cast<unsigned>(num_pieces * share) / kWarps);
+  }
+  __device__ std::uint32_t share_loaded(int share) const {
+    return share_loaded_ + share * static_cast<int>(sizeof(std::uint64_t));
+  }
+
+  /// Pieces of a slice of one unit, a share by each warp. A loading warp brings two shares: one that it adds itself,
+  /// and the one before, which a weighing warp adds.
+  __device__ __forceinline__ void merge_shares(const SplitRequest& split, const Slice& slice, bool is_last,
+                                               std::uint64_t& seen) {
+    int n = split.num_pieces;
+    ptx::launder(n);  // what is computed from it, is here, and takes no registers before
+    const int share = warp() % kLoadingWarps * 2 + warp() / kWeighingWarps;
+    if (warp() < kWeighingWarps) {
+      gather(split, slice, Slot::kRowsOfUnit);
+      weigh(Slot::kRowsOfUnit, n);
+      ptx::mbarrier_arrive(rows_known_);
+    } else {
+      if (warp() == kWeighingWarps && lane() < kWarps) {
+        const int pieces = begin_of_share(lane() + 1, n) - begin_of_share(lane(), n);
+        ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * Slot::kUnitBytes);
+      }
+      place_rows(split.request, slice, Slot::kRowsOfUnit);
+      ptx::mbarrier_arrive(rows_known_);
+      load(split, slice, begin_of_share(share - 1, n), begin_of_share(share, n), begin_of_share(share + 1, n),
+           share_loaded(share - 1), share_loaded(share));
+      if (is_last) arrive_of_warp(seen);
+    }
+    ptx::mbarrier_wait(rows_known_, shares_phase_);
+    __syncwarp();
+    if (warp() == kLastWarp) write_lse(Slot::kRowsOfUnit);
+    const Output output(results_);
+    ptx::mbarrier_wait(share_loaded(share), shares_phase_);
+    shares_phase_ ^= 1;
+    add_share(share, n);
+    sync();
+    if (threadIdx.x < kSumThreads) add_sums(n, output);
+  }
+
+  /// Finds where the slice's rows go. By the threads that load.
+  __device__ __forceinline__ void place_rows(int request, const Slice& slice, int num_rows) const {
+    for (int row = threadIdx.x - 32 * kWeighingWarps; row < num_rows; row += 32 * kLoadingWarps) {
+      place(request, slice, row);
+    }
+  }
 
   /// Where row `row` of the slice goes.
   __device__ __forceinline__ void place(int request, const Slice& slice, int row) const {
     const int unit = slice.first + row / Slot::kRowsOfUnit;
     const int consumer = unit % Traits::kNumConsumers;
     const int row_of_tile = unit / Traits::kNumConsumers * Slot::kRowsOfUnit + row % Slot::kRowsOfUnit;
-    const RowCoordinate at(params_, tile_, head_k_, row_of_tile);
+    const RowCoordinate& at = rows_[row_of_tile];
     const FinalOutput<Element> output{params_, request};
     results_[row].out = at.is_valid() ? output.row(at) + consumer * Traits::kColumnsPerConsumer : nullptr;
     results_[row].lse = at.is_valid() && consumer == 0 ? output.lse(at) : nullptr;
   }
 
-  /// Waits for some of the pieces, a lane for each, and brings their share of the slice. A warp's pieces follow one
+  /// Waits for some of the pieces, a lane for each, and brings what they have of the slice. A warp's pieces follow one
   /// another, so that it asks for one line for eight flags and not for one each: all CTAs of a tile ask for the same.
-  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice) const {
-    const int of_warp = (split.num_pieces + kLoadingWarps - 1) / kLoadingWarps;
-    const int begin = (warp() - kWeighingWarps) * of_warp;
-    const int end = min(begin + of_warp, split.num_pieces);
+  /// Copies report to `loaded`, from piece `middle` on to `loaded_behind`.
+  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice, int begin, int middle, int end,
+                                       std::uint32_t loaded, std::uint32_t loaded_behind) const {
     const int bytes = slice.count * Slot::kUnitBytes;
 #pragma unroll 1
     for (int first = begin; first < end; first += 32) {
@@ -158,13 +226,14 @@ class Combine {
       const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
       const unsigned char* const from = slot.values(slice.first);
       const std::uint32_t to = ptx::shared_address(values_) + piece * bytes;
+      const std::uint32_t barrier = piece < middle ? loaded : loaded_behind;
       const std::uint64_t* const flag = flags().written(split.slot(piece));
       // All lanes together: those that wait must not hold back the copies of the others.
       for (bool waits = piece < end; __any_sync(~0U, waits);) {
         if (!waits || ptx::load_acquire(flag) != params_.token) continue;
         waits = false;
         ptx::fence_proxy_async_global();
-        if (bytes > 0) ptx::bulk_load(to, from, bytes, loaded_);
+        if (bytes > 0) ptx::bulk_load(to, from, bytes, barrier);
       }
     }
     __syncwarp();
@@ -262,6 +331,67 @@ class Combine {
     }
   }
 
+  // Of a share, a lane has kVectors vectors of a unit's values. Their sums lie where the share's values were, in fours:
+  // the first fours of all lanes' first vectors, then the next ones. Of these, a thread has two in the end.
+  static constexpr int kVector = sizeof(uint4) / sizeof(Value);
+  static constexpr int kVectors = Slot::kUnitValues / (32 * kVector);
+  static constexpr int kFours = kVector / 4;
+  static constexpr int kSumThreads = Slot::kUnitValues / 2;
+  static_assert(kSumThreads <= 32 * kWarps);
+
+  __device__ unsigned char* values_of_share(int share, int n) const {
+    return values_ + begin_of_share(share, n) * Slot::kUnitBytes;
+  }
+
+  /// Adds the pieces of a share. By a warp.
+  __device__ __forceinline__ void add_share(int share, int n) const {
+    const int begin = begin_of_share(share, n);
+    const int num_pieces = begin_of_share(share + 1, n) - begin;
+    const float* const weights = weights_ + Traits::unit_row(lane() * kVector) * weights_of_row(n) + begin;
+    auto* const vectors = reinterpret_cast<uint4*>(values_of_share(share, n)) + lane();
+    float sum[kVectors][kVector] = {};
+#pragma unroll 4
+    for (int piece = 0; piece < num_pieces; ++piece) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        accumulate(sum[v], weights[piece], reinterpret_cast<unsigned char*>(vectors + (piece * kVectors + v) * 32));
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kVectors * kFours; ++i) {
+      const float* const four = &sum[i / kFours][i % kFours * 4];
+      reinterpret_cast<float4*>(vectors)[i * 32] = make_float4(four[0], four[1], four[2], four[3]);
+    }
+  }
+
+  /// The thread's two values of the unit: where they go, and what their sums are multiplied with.
+  struct Output {
+    Element* out;
+    float inverse_sum;
+
+    __device__ __forceinline__ explicit Output(const Result* results) {
+      const int four = threadIdx.x / 64;
+      const int of_lane = threadIdx.x / 2 % 32;
+      const int first = (four / kFours * 32 + of_lane) * kVector + four % kFours * 4 + threadIdx.x % 2 * 2;
+      const Result& result = results[Traits::unit_row(first)];
+      out = result.out != nullptr ? result.out + Traits::unit_column(first) : nullptr;
+      inverse_sum = result.inverse_sum;
+    }
+  };
+
+  /// Adds the sums of all shares, and writes the unit. By the first kSumThreads threads.
+  __device__ __forceinline__ void add_sums(int n, const Output& output) const {
+    float value[2] = {};
+#pragma unroll
+    for (int share = 0; share < kWarps; ++share) {
+      const float2 two = reinterpret_cast<const float2*>(values_of_share(share, n))[threadIdx.x];
+      value[0] += two.x;
+      value[1] += two.y;
+    }
+    if (output.out != nullptr) write(output.out, value, output.inverse_sum);
+  }
+
   template <int kValues>
   __device__ __forceinline__ static void accumulate(float (&value)[kValues], float weight, const unsigned char* from) {
     float of_piece[kValues];
@@ -307,6 +437,7 @@ class Combine {
   }
 
   const DenseDecodeParams& params_;
+  const RowCoordinate* const rows_;  // of the tile
   const QueryTile& tile_;
   const int head_k_;
   unsigned char* const values_;  // (pieces, units of the slice, their values), in shared memory as what follows
@@ -316,9 +447,12 @@ class Combine {
   const std::uint32_t met_;
   const std::uint32_t gathered_;
   const std::uint32_t loaded_;
+  const std::uint32_t rows_known_;
+  const std::uint32_t share_loaded_;
   std::uint32_t met_phase_ = 0;
   std::uint32_t gathered_phase_ = 0;
   std::uint32_t loaded_phase_ = 0;
+  std::uint32_t shares_phase_ = 0;
 };
 
 /// Merges the part's slices of split requests, which a warp has found meanwhile. By all consumer threads, when the
@@ -326,7 +460,8 @@ class Combine {
 template <class Traits, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k) {
-  Combine<Traits> combine(params, tile, head_k, reinterpret_cast<unsigned char*>(&shared), shared.merge_barriers);
+  Combine<Traits> combine(params, tile, head_k, shared.rows, reinterpret_cast<unsigned char*>(&shared),
+                          shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {

@@ -34,12 +34,19 @@ struct MergeBarriers {
   std::uint64_t
       seen[2];  // of each split, for one by each consumer warp that loads: it has seen all flags that it needs
 
+  // Where pieces are added in shares.
+  static constexpr int kNumShares = 8;
+  std::uint64_t rows_known;                // for one by each consumer thread: weights, and where rows go
+  std::uint64_t share_loaded[kNumShares];  // for one arrival, with the bytes of a share
+
   /// Half of the consumers weigh, and half load.
   __device__ void init(int num_consumer_threads) {
     ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
     ptx::mbarrier_init(ptx::shared_address(&gathered), num_consumer_threads / 2);
     ptx::mbarrier_init(ptx::shared_address(&loaded), 1);
     for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32);
+    ptx::mbarrier_init(ptx::shared_address(&rows_known), num_consumer_threads);
+    for (auto& barrier : share_loaded) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
   }
 };
 

@@ -31,5 +31,6 @@ __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence
 /// Hides where `value` comes from: the compiler computes nothing from it ahead of this point, and cannot make it anew
 /// behind it.
 __device__ __forceinline__ void launder(std::uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void launder(int& value) { asm volatile("" : "+r"(value)); }
 
 }  // namespace flash_mla::ptx
