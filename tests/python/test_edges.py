@@ -54,7 +54,7 @@ def test_a_request_alone(device: Device, num_heads: tuple[int, int], seqlen_q: i
 @pytest.mark.parametrize("num_heads_q", [16, 32, 128])
 @pytest.mark.parametrize("num_blocks", [15, 16, 17, 31, 133])
 def test_many_pieces(device: Device, num_heads_q: int, num_blocks: int) -> None:
-    """Pieces of a request that is alone are added in shares, from 16 pieces on, which are not all of one size."""
+    """A request that is alone, in pieces that are added in turn, or in shares, which are not all of one size."""
     check(make_case(Spec((64 * num_blocks - 7,), 1, num_heads_q, rising=20.0, seed=num_blocks), device))
 
 

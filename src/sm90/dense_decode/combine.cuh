@@ -88,8 +88,8 @@ class Combine {
   /// Shared memory that is enough for any number of pieces.
   static constexpr int kMinSharedBytes = max_shared_bytes();
 
-  /// `shared`: shared memory that nothing else uses any more once all consumers are here, aligned to 16 bytes.
-  /// `barriers`: not used before; clear_flags waits for `seen`.
+  /// `rows`: of the tile, outside of `shared`: shared memory that nothing else uses any more once all consumers are
+  /// here, aligned to 16 bytes. `barriers`: not used before; clear_flags waits for `seen`.
   __device__ Combine(const DenseDecodeParams& params, const QueryTile& tile, int head_k, const RowCoordinate* rows,
                      unsigned char* shared, MergeBarriers& barriers)
       : params_(params),
@@ -175,7 +175,7 @@ class Combine {
       weigh(Slot::kRowsOfUnit, n);
       ptx::mbarrier_arrive(rows_known_);
     } else {
-      if (warp() == kWeighingWarps && lane() < kWarps) {
+      if (warp() == kWeighingWarps && lane() < MergeBarriers::kNumShares) {
         const int pieces = begin_of_share(lane() + 1, n) - begin_of_share(lane(), n);
         ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * Slot::kUnitBytes);
       }
@@ -338,6 +338,7 @@ class Combine {
   static constexpr int kFours = kVector / 4;
   static constexpr int kSumThreads = Slot::kUnitValues / 2;
   static_assert(kSumThreads <= 32 * kWarps);
+  static_assert(Traits::unit_row(32 * kVector) == 0, "all vectors of a lane are of one row");
 
   __device__ unsigned char* values_of_share(int share, int n) const {
     return values_ + begin_of_share(share, n) * Slot::kUnitBytes;

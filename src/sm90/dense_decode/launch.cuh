@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+
 #include "cuda/launch.h"
 #include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/entry.cuh"
@@ -17,6 +19,7 @@ void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) 
   constexpr auto kKernel = decode_kernel<Kernel>;
   static_assert(sizeof(Storage) <= cuda::kMaxSharedBytes);
   static_assert(Storage::kMergeBytes >= Combine<Traits>::kMinSharedBytes, "what merging needs");
+  static_assert(Storage::kMergeBytes <= offsetof(Storage, rows), "what merging reads");
   static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(kKernel), sizeof(Storage));
   limit.raise();
   const dim3 grid(params.tiling.num_tiles, params.num_heads_k, params.num_parts);
