@@ -8,6 +8,7 @@
 #include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/entry.cuh"
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/slice_memory.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -18,7 +19,7 @@ void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) 
   using Storage = typename Kernel::Storage;
   constexpr auto kKernel = decode_kernel<Kernel>;
   static_assert(sizeof(Storage) <= cuda::kMaxSharedBytes);
-  static_assert(Storage::kMergeBytes >= Combine<Traits>::kMinSharedBytes, "what merging needs");
+  static_assert(Storage::kMergeBytes >= SliceMemory<Traits>::kMinBytes, "what merging needs");
   static_assert(Storage::kMergeBytes <= offsetof(Storage, rows), "what merging reads");
   static cuda::SharedMemoryLimit limit(reinterpret_cast<const void*>(kKernel), sizeof(Storage));
   limit.raise();
