@@ -11,6 +11,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "busy_sms.h"
@@ -377,10 +378,13 @@ class DenseDecodeOnBusyGpu : public DenseDecodeGpu {
 TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
   int num_sms = 0;
   ASSERT_EQ(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), cudaSuccess);
-  for (const int num_heads_q : {16, 32, 128}) {
+  // Up to 1600 tokens and alone, 16 heads have slices of one unit of the tile and of two, whose pieces are added in
+  // different ways: a CTA that merges all slices does both in turn.
+  for (const auto& [num_heads_q, max_tokens] :
+       {std::pair{16, kMaxTokens}, {16, 1600}, {32, kMaxTokens}, {128, kMaxTokens}}) {
     for (const int batch : {1, static_cast<int>(kSeqlens.size())}) {
       SCOPED_TRACE(std::to_string(num_heads_q) + " heads, batch " + std::to_string(batch));
-      const HostCase host(Extents{num_heads_q, 1, 64, false});
+      const HostCase host(Extents{num_heads_q, 1, 64, false, max_tokens});
       DeviceCase device(host);
       for (Tensor* tensor :
            {&device.args.q, &device.args.block_table, &device.args.cache_seqlens, &device.args.out, &device.args.lse}) {

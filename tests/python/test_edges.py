@@ -51,11 +51,16 @@ def test_a_request_alone(device: Device, num_heads: tuple[int, int], seqlen_q: i
     check(make_case(spec, device))
 
 
-@pytest.mark.parametrize("num_heads_q", [16, 32, 128])
-@pytest.mark.parametrize("num_blocks", [15, 16, 17, 31, 133])
-def test_many_pieces(device: Device, num_heads_q: int, num_blocks: int) -> None:
-    """A request that is alone, in pieces that are added in turn, or in shares, which are not all of one size."""
-    check(make_case(Spec((64 * num_blocks - 7,), 1, num_heads_q, rising=20.0, seed=num_blocks), device))
+@pytest.mark.parametrize("num_heads_q", [16, 32, 64, 128])
+@pytest.mark.parametrize("num_blocks", [15, 16, 17, 23, 31, 133, 264])
+@pytest.mark.parametrize("spare_columns", [2, 200])
+def test_many_pieces(device: Device, num_heads_q: int, num_blocks: int, spare_columns: int) -> None:
+    """A request that is alone, in pieces that are added in turn, or in shares, which are not all of one size.
+
+    Where the block table has room for much, requests are not worked in smaller tiles, however short they are.
+    """
+    spec = Spec((64 * num_blocks - 7,), 1, num_heads_q, rising=20.0, spare_columns=spare_columns, seed=num_blocks)
+    check(make_case(spec, device))
 
 
 @pytest.mark.parametrize("num_heads", [(1, 1), (16, 1), (40, 1), (128, 1), (32, 2)])

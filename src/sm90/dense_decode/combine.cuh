@@ -54,97 +54,76 @@ class Combine {
         memory_(shared),
         met_(ptx::shared_address(&barriers.met)),
         gathered_(ptx::shared_address(&barriers.gathered)),
-        loaded_(ptx::shared_address(&barriers.loaded)),
         rows_known_(ptx::shared_address(&barriers.rows_known)),
         share_loaded_(ptx::shared_address(&barriers.share_loaded)) {}
 
   /// `is_last`: of the slices of this request that the CTA merges, after which it looks at no flag any more.
   __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, bool is_last, std::uint64_t& seen) {
-    const Slice slice(Slot::kNumUnits, slice_idx, split.num_slices);
+    const Slice slice = Slice::of_tile(Slot::kNumUnits, slice_idx, split.num_slices);
     const int n = split.num_pieces;
-    const int num_rows = slice.count * Slot::kRowsOfUnit;
     memory_.lay_out(n, slice.count);
 
     ptx::fence_proxy_async();
     sync();  // shared memory is free
     if (slice.count == 1 && n >= Sums::kMinPiecesInShares) {
-      merge_shares(split, slice, is_last, seen);
+      merge<true>(split, Slice{slice.first, 1}, is_last, seen);
     } else {
-      merge(split, slice, num_rows, is_last, seen);
+      merge<false>(split, slice, is_last, seen);
     }
   }
 
  private:
   __device__ TileFlags flags() const { return {params_, tile_.index(params_.tiling, head_k_)}; }
 
-  /// All pieces of a value by one thread.
-  __device__ __forceinline__ void merge(const SplitRequest& split, const Slice& slice, int num_rows, bool is_last,
-                                        std::uint64_t& seen) {
-    const int n = split.num_pieces;
-    if (warp() < kWeighingWarps) {
-      gather(split, slice, num_rows);
-      weigh(num_rows, n);
-    } else {
-      if (lane() == 0 && warp() == kWeighingWarps) {
-        ptx::mbarrier_arrive_expect(loaded_, n * slice.count * Slot::kUnitBytes);
-      }
-      place_rows(split.request, slice, num_rows);
-      const int of_warp = (n + kLoadingWarps - 1) / kLoadingWarps;
-      const int begin = (warp() - kWeighingWarps) * of_warp;
-      const int end = min(begin + of_warp, n);
-      load(split, slice, begin, end, end, loaded_, loaded_);
-      if (is_last) arrive_of_warp(seen);
-    }
-    sync();
-    if (warp() == kLastWarp) write_lse(num_rows);
-    ptx::mbarrier_wait(loaded_, loaded_phase_);
-    loaded_phase_ ^= 1;
-    const Sums sums(memory_);
-    if (num_rows > 4) {
-      sums.template add<8>(slice.count, n);
-    } else if (num_rows > 2) {
-      sums.template add<4>(slice.count, n);
-    } else {
-      sums.template add<2>(slice.count, n);
-    }
-  }
-
   __device__ std::uint32_t share_loaded(int share) const {
     return share_loaded_ + share * static_cast<int>(sizeof(std::uint64_t));
   }
 
-  /// Pieces of a slice of one unit, a share by each warp. A loading warp brings two shares: one that it adds itself,
-  /// and the one before, which a weighing warp adds.
-  __device__ __forceinline__ void merge_shares(const SplitRequest& split, const Slice& slice, bool is_last,
-                                               std::uint64_t& seen) {
+  /// A loading warp brings two shares of the pieces. If the slice, of one unit, is added in shares, it adds one of them
+  /// itself, and a weighing warp the one before. A slice whose size is known has code of its own, which is shorter.
+  template <bool kInShares>
+  __device__ __forceinline__ void merge(const SplitRequest& split, const Slice& slice, bool is_last,
+                                        std::uint64_t& seen) {
     int n = split.num_pieces;
     ptx::launder(n);  // what is computed from it, is here, and takes no registers before
+    const int num_rows = slice.count * Slot::kRowsOfUnit;
     const int share = warp() % kLoadingWarps * 2 + warp() / kWeighingWarps;
     if (warp() < kWeighingWarps) {
-      gather(split, slice, Slot::kRowsOfUnit);
-      weigh(Slot::kRowsOfUnit, n);
+      gather(split, slice, num_rows);
+      weigh(num_rows, n);
       ptx::mbarrier_arrive(rows_known_);
     } else {
       if (warp() == kWeighingWarps && lane() < MergeBarriers::kNumShares) {
-        const int pieces = Sums::begin_of_share(lane() + 1, n) - Sums::begin_of_share(lane(), n);
-        ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * Slot::kUnitBytes);
+        const int of_share = Sums::begin_of_share(lane() + 1, n) - Sums::begin_of_share(lane(), n);
+        const int pieces = kInShares ? of_share : lane() == 0 ? n : 0;
+        ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * slice.count * Slot::kUnitBytes);
       }
-      place_rows(split.request, slice, Slot::kRowsOfUnit);
+      place_rows(split.request, slice, num_rows);
       ptx::mbarrier_arrive(rows_known_);
-      load(split, slice, Sums::begin_of_share(share - 1, n), Sums::begin_of_share(share, n),
-           Sums::begin_of_share(share + 1, n), share_loaded(share - 1), share_loaded(share));
+      load<kInShares>(split, slice, n, share);
       if (is_last) arrive_of_warp(seen);
     }
-    ptx::mbarrier_wait(rows_known_, shares_phase_);
+    ptx::mbarrier_wait(rows_known_, phase_);
     __syncwarp();
-    if (warp() == kLastWarp) write_lse(Slot::kRowsOfUnit);
+    if (warp() == kLastWarp) write_lse(num_rows);
     const Sums sums(memory_);
-    const typename Sums::Output output(memory_.results);
-    ptx::mbarrier_wait(share_loaded(share), shares_phase_);
-    shares_phase_ ^= 1;
-    sums.add_share(share, n);
-    sync();
-    if (threadIdx.x < Sums::kSumThreads) sums.add_sums(n, output);
+    if constexpr (kInShares) {
+      const typename Sums::Output output(memory_.results);
+      ptx::mbarrier_wait(share_loaded(share), phase_);
+      sums.add_share(share, n);
+      sync();
+      if (threadIdx.x < Sums::kSumThreads) sums.add_sums(n, output);
+    } else {
+      ptx::mbarrier_wait(share_loaded(0), phase_);
+      if (num_rows > 4) {
+        sums.template add<8>(slice.count, n);
+      } else if (num_rows > 2) {
+        sums.template add<4>(slice.count, n);
+      } else {
+        sums.template add<2>(slice.count, n);
+      }
+    }
+    phase_ ^= 1;
   }
 
   /// Finds where the slice's rows go. By the threads that load.
@@ -165,11 +144,14 @@ class Combine {
     memory_.results[row].lse = at.is_valid() && consumer == 0 ? output.lse(at) : nullptr;
   }
 
-  /// Waits for some of the pieces, a lane for each, and brings what they have of the slice. A warp's pieces follow one
-  /// another, so that it asks for one line for eight flags and not for one each: all CTAs of a tile ask for the same.
-  /// Copies report to `loaded`, from piece `middle` on to `loaded_behind`.
-  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice, int begin, int middle, int end,
-                                       std::uint32_t loaded, std::uint32_t loaded_behind) const {
+  /// Waits for the pieces of share `share` and of the one before, a lane for each, and brings what they have of the
+  /// slice. A warp's pieces follow one another, so that it asks for one line for eight flags and not for one each: all
+  /// CTAs of a tile ask for the same.
+  template <bool kInShares>
+  __device__ __forceinline__ void load(const SplitRequest& split, const Slice& slice, int n, int share) const {
+    const int begin = Sums::begin_of_share(share - 1, n);
+    const int middle = Sums::begin_of_share(share, n);
+    const int end = Sums::begin_of_share(share + 1, n);
     const int bytes = slice.count * Slot::kUnitBytes;
 #pragma unroll 1
     for (int first = begin; first < end; first += 32) {
@@ -177,14 +159,14 @@ class Combine {
       const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
       const unsigned char* const from = slot.values(slice.first);
       const std::uint32_t to = ptx::shared_address(memory_.values) + piece * bytes;
-      const std::uint32_t barrier = piece < middle ? loaded : loaded_behind;
+      const std::uint32_t loaded = share_loaded(!kInShares ? 0 : piece < middle ? share - 1 : share);
       const std::uint64_t* const flag = flags().written(split.slot(piece));
       // All lanes together: those that wait must not hold back the copies of the others.
       for (bool waits = piece < end; __any_sync(~0U, waits);) {
         if (!waits || ptx::load_acquire(flag) != params_.token) continue;
         waits = false;
         ptx::fence_proxy_async_global();
-        if (bytes > 0) ptx::bulk_load(to, from, bytes, barrier);
+        if (bytes > 0) ptx::bulk_load(to, from, bytes, loaded);
       }
     }
     __syncwarp();
@@ -203,8 +185,7 @@ class Combine {
       memory_.totals[row * n + piece] = make_float4(total.max, total.sum, total.scale, 0.0F);
     }
     ptx::mbarrier_arrive(gathered_);
-    ptx::mbarrier_wait(gathered_, gathered_phase_);
-    gathered_phase_ ^= 1;
+    ptx::mbarrier_wait(gathered_, phase_);
     __syncwarp();
   }
 
@@ -272,13 +253,10 @@ class Combine {
   Memory memory_;
   const std::uint32_t met_;
   const std::uint32_t gathered_;
-  const std::uint32_t loaded_;
   const std::uint32_t rows_known_;
   const std::uint32_t share_loaded_;
   std::uint32_t met_phase_ = 0;
-  std::uint32_t gathered_phase_ = 0;
-  std::uint32_t loaded_phase_ = 0;
-  std::uint32_t shares_phase_ = 0;
+  std::uint32_t phase_ = 0;  // of the others
 };
 
 /// Merges the part's slices of split requests, which a warp has found meanwhile. By all consumer threads, when the

@@ -28,22 +28,19 @@ struct SplitRequest {
 
 /// mbarriers for merging splits, in shared memory.
 struct MergeBarriers {
-  std::uint64_t met;       // for an arrival by each consumer thread
-  std::uint64_t gathered;  // for one by each of those that weigh
-  std::uint64_t loaded;    // for one arrival, with the bytes that are loaded
+  static constexpr int kNumShares = 8;
+
+  std::uint64_t met;                       // for an arrival by each consumer thread
+  std::uint64_t gathered;                  // for one by each of those that weigh
+  std::uint64_t rows_known;                // for one by each consumer thread: weights, and where rows go
+  std::uint64_t share_loaded[kNumShares];  // for one arrival, with the bytes of a share of the pieces, or first of all
   std::uint64_t
       seen[2];  // of each split, for one by each consumer warp that loads: it has seen all flags that it needs
-
-  // Where pieces are added in shares.
-  static constexpr int kNumShares = 8;
-  std::uint64_t rows_known;                // for one by each consumer thread: weights, and where rows go
-  std::uint64_t share_loaded[kNumShares];  // for one arrival, with the bytes of a share
 
   /// Half of the consumers weigh, and half load.
   __device__ void init(int num_consumer_threads) {
     ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
     ptx::mbarrier_init(ptx::shared_address(&gathered), num_consumer_threads / 2);
-    ptx::mbarrier_init(ptx::shared_address(&loaded), 1);
     for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32);
     ptx::mbarrier_init(ptx::shared_address(&rows_known), num_consumer_threads);
     for (auto& barrier : share_loaded) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);

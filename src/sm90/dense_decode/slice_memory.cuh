@@ -12,8 +12,10 @@ struct Slice {
   int first;
   int count;
 
-  __device__ __forceinline__ Slice(int num_units, int slice, int num_slices)
-      : first(num_units * slice / num_slices), count(num_units * (slice + 1) / num_slices - first) {}
+  __device__ __forceinline__ static Slice of_tile(int num_units, int slice, int num_slices) {
+    const int first = num_units * slice / num_slices;
+    return {first, num_units * (slice + 1) / num_slices - first};
+  }
 };
 
 /// What merging a slice keeps in shared memory.
