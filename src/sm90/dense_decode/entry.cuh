@@ -103,8 +103,9 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   if (warpgroup == Traits::kNumConsumers) {
     ptx::set_registers<Traits::kRegisters, Traits::kProducerRegisters>();
     const int part_idx = ptx::cta_z();
-    Kernel::produce(params, shared, tile, head_k, part_idx, warp - Traits::kConsumerWarps);
-    if (warp == Traits::kSplitsWarp) {
+    if (warp != Traits::kSplitsWarp) {
+      Kernel::produce(params, shared, tile, head_k, part_idx, warp - Traits::kConsumerWarps);
+    } else {
       if (has_known_query(params) && !has_blocks(params, shared.plan, part_idx)) Kernel::drop_known_query(shared);
       find_splits(params, part_idx, shared.plan);
       share_splits(params, flags, shared.plan, part_idx);

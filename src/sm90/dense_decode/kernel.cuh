@@ -56,7 +56,7 @@ struct DenseDecodeKernel {
   /// Of the part's first request, before there is a plan. By a thread.
   __device__ static void load_first_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                           int head_k, int request) {
-    QueryProducer<Traits>(params, shared, tile, head_k).load_first(request);
+    Producer<Traits, true>(params, shared).template load_query<false>(request, tile, head_k);
   }
   /// Waits for these copies, where no block needs them: their memory gets another use.
   __device__ static void drop_known_query(Storage& shared) {
@@ -132,18 +132,36 @@ struct DenseDecodeKernel {
     }
   }
 
-  /// The producers' walk over them: the first warp loads KV, the second one Q.
+  /// The producers' walk over them, by the first warp. The second one loads what Q is needed first.
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
-    if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
-    if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
-    if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
-      QueryProducer<Traits>(params, shared, tile, head_k).load_all(part_idx);
+    if (warp == 1) {
+      if (!has_known_query(params) && shared.plan.has_query == 0 && ptx::elect_one()) {
+        load_late_query(params, shared, tile, head_k, part_idx);
+      }
+    } else if (warp == 0) {
+      if (!is_whole) {
+        produce_kv<false>(params, shared, head_k, part_idx);
+      } else if (ptx::elect_one()) {
+        produce_kv<true>(params, shared, head_k, part_idx);
+      }
     }
   }
 
  private:
+  /// Q of the part's first piece that has blocks, where it was not on its way before the plan was there.
+  __device__ __forceinline__ static void load_late_query(const DenseDecodeParams& params, Storage& shared,
+                                                         const QueryTile& tile, int head_k, int part_idx) {
+    PieceWalk walk(params, shared.plan, part_idx);
+    Piece piece;
+    while (walk.next(piece)) {
+      if (piece.begin_block == piece.end_block) continue;
+      load_first_query(params, shared, tile, head_k, piece.request);
+      break;
+    }
+  }
+
   template <bool kIsWhole>
   __device__ __forceinline__ static void produce_kv(const DenseDecodeParams& params, Storage& shared, int head_k,
                                                     int part_idx) {

@@ -15,17 +15,39 @@
 
 namespace flash_mla::sm90 {
 
-/// Fills the rings with KV, for all pieces of a part. By the active lanes of one warp.
+/// Fills the rings for all pieces of a part: with KV, and with Q ahead of it. By the active lanes of one warp. But the
+/// first Q comes from another warp, as nothing is there yet and both are waited for.
 template <class Traits, bool kIsWhole>
 class Producer {
   using Boxes = KvBoxes<Traits, kIsWhole>;
 
  public:
   __device__ Producer(const DenseDecodeParams& params, SharedStorage<Traits>& shared)
-      : shared_(shared), boxes_(params), is_first_(kIsWhole || threadIdx.x % 32 == 0) {}
+      : params_(params), shared_(shared), boxes_(params), is_first_(kIsWhole || threadIdx.x % 32 == 0) {}
 
   /// Whether this lane has boxes to load.
   __device__ bool is_active() const { return boxes_.is_active(); }
+
+  /// Q: the pairs of chunks that go to registers, through the ring, and what stays in shared memory. By one thread.
+  /// `kWaits`: each as soon as its memory is free; else nobody has used it yet.
+  template <bool kWaits>
+  __device__ __forceinline__ void load_query(int request, const QueryTile& tile, int head_k) {
+    const int bytes = params_.tiling.rows_per_tile() * Traits::kRowBytes;
+#pragma unroll 1
+    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
+      const std::uint32_t full = ptx::shared_address(&shared_.pair_full[pair_.slot]);
+      if (kWaits) ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_empty[pair_.slot]), pair_.phase ^ 1);
+      ptx::mbarrier_arrive_expect(full, 2 * bytes);
+      const int chunk = 2 * (Traits::kFirstRegisterPair + i);
+      const std::uint32_t pair = ptx::shared_address(shared_.pairs[pair_.slot]);
+      load_query_chunk<Traits>(params_, pair, full, chunk, request, tile, head_k);
+      load_query_chunk<Traits>(params_, pair + Traits::kTileBytes, full, chunk + 1, request, tile, head_k);
+      pair_ = pair_ + 1;
+    }
+    if (kWaits) ptx::mbarrier_wait(ptx::shared_address(&shared_.q_empty), (num_queries_ & 1) ^ 1);
+    sm90::load_query<Traits>(params_, ptx::shared_address(shared_.q), ptx::shared_address(&shared_.q_full), request,
+                             tile, head_k);
+  }
 
   /// A part's first block, before the plan is there.
   __device__ __forceinline__ void load_first(const FirstBlock& first, int head_k) {
@@ -36,7 +58,14 @@ class Producer {
   /// `has_first`: the first block is on its way, and the next one's page is known.
   __device__ void load_piece(const Piece& piece, int head_k, bool has_first) {
     if (piece.begin_block == piece.end_block) return;
-    pair_ = pair_ + Traits::kNumRegisterPairs;  // those of Q: README.md says why they need not be waited for
+    if (num_queries_ > 0 && is_first_) {
+      int tile_idx = blockIdx.x;
+      ptx::launder(tile_idx);  // registers are too few to keep what is computed from it
+      load_query<true>(piece.request, QueryTile(params_.tiling, tile_idx), head_k);
+    } else {
+      pair_ = pair_ + Traits::kNumRegisterPairs;
+    }
+    ++num_queries_;
     typename Boxes::Pages pages{shared_.plan.next_page, shared_.plan.next_page};
     if (has_first) {
       pair_ = pair_ + Traits::kPairsPerBlock;
@@ -80,62 +109,13 @@ class Producer {
     return barrier;
   }
 
+  const DenseDecodeParams& params_;
   SharedStorage<Traits>& shared_;
   const Boxes boxes_;
   const bool is_first_;  // of the active lanes
   RingPosition<Traits::kPairSlots> pair_;
   RingPosition<Traits::kRopeSlots> rope_;
-};
-
-/// Loads Q: the pairs of chunks that go to registers, through the ring of pairs, and what stays in shared memory. By
-/// one thread of another warp than KV's producer, whose slots these pairs come before.
-template <class Traits>
-class QueryProducer {
- public:
-  __device__ QueryProducer(const DenseDecodeParams& params, SharedStorage<Traits>& shared, const QueryTile& tile,
-                           int head_k)
-      : params_(params), shared_(shared), tile_(tile), head_k_(head_k) {}
-
-  /// Before the plan is there, where the request is known or guessed: into slots that nobody has used yet.
-  __device__ __forceinline__ void load_first(int request) { load<false>(request); }
-
-  /// For each piece, but not until the last QK of the one before is done: all slots before have been filled then, so
-  /// that no phase of them is taken for another.
-  __device__ __forceinline__ void load_all(int part_idx) {
-    for_each_query(params_, shared_, part_idx, [&](const Piece& piece, bool has_query) {
-      if (has_query) {
-        pair_ = pair_ + Traits::kNumRegisterPairs;
-      } else {
-        load<true>(piece.request);
-      }
-      pair_ = pair_.far_on(Traits::kPairsPerBlock * (piece.end_block - piece.begin_block));
-    });
-  }
-
- private:
-  template <bool kWaits>
-  __device__ __forceinline__ void load(int request) {
-    const int bytes = params_.tiling.rows_per_tile() * Traits::kRowBytes;
-#pragma unroll 1
-    for (int i = 0; i < Traits::kNumRegisterPairs; ++i) {
-      const std::uint32_t full = ptx::shared_address(&shared_.pair_full[pair_.slot]);
-      if (kWaits) ptx::mbarrier_wait(ptx::shared_address(&shared_.pair_empty[pair_.slot]), pair_.phase ^ 1);
-      ptx::mbarrier_arrive_expect(full, 2 * bytes);
-      const int chunk = 2 * (Traits::kFirstRegisterPair + i);
-      const std::uint32_t pair = ptx::shared_address(shared_.pairs[pair_.slot]);
-      load_query_chunk<Traits>(params_, pair, full, chunk, request, tile_, head_k_);
-      load_query_chunk<Traits>(params_, pair + Traits::kTileBytes, full, chunk + 1, request, tile_, head_k_);
-      pair_ = pair_ + 1;
-    }
-    load_query<Traits>(params_, ptx::shared_address(shared_.q), ptx::shared_address(&shared_.q_full), request, tile_,
-                       head_k_);
-  }
-
-  const DenseDecodeParams& params_;
-  SharedStorage<Traits>& shared_;
-  const QueryTile& tile_;
-  const int head_k_;
-  RingPosition<Traits::kPairSlots> pair_;
+  int num_queries_ = 0;  // so far
 };
 
 }  // namespace flash_mla::sm90

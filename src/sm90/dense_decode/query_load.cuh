@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
-#include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/query_tiling.h"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -51,23 +50,6 @@ __device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32
 /// is out of KV's way.
 __device__ __forceinline__ bool has_known_query(const DenseDecodeParams& params) {
   return params.batch_size == 1 || params.cluster_size > 0;
-}
-
-/// Calls `load(piece, has_query)`, which loads Q if that is not on its way, for each piece that has blocks, as soon as
-/// Q's memory is free. By one thread of another warp than KV's, so that KV goes on arriving while a piece ends.
-template <class Storage, class Load>
-__device__ __forceinline__ void for_each_query(const DenseDecodeParams& params, Storage& shared, int part_idx,
-                                               const Load& load) {
-  std::uint32_t phase = 0;
-  PieceWalk walk(params, shared.plan, part_idx);
-  Piece piece;
-  for (bool has_query = shared.plan.has_query != 0; walk.next(piece); has_query = false) {
-    if (piece.begin_block == piece.end_block) continue;
-    // Who has not loaded must not wait for memory that nobody has used: that phase may be over, and the next one too.
-    if (!has_query) ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
-    phase ^= 1;
-    load(piece, has_query);
-  }
 }
 
 }  // namespace flash_mla::sm90

@@ -137,11 +137,7 @@ struct NarrowDecodeKernel {
     if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
     if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
     if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
-      for_each_query(params, shared, part_idx, [&](const Piece& piece, bool has_query) {
-        if (has_query) return;
-        load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
-                           tile, head_k);
-      });
+      produce_queries(params, shared, tile, head_k, part_idx);
     }
   }
 
@@ -154,6 +150,25 @@ struct NarrowDecodeKernel {
     Piece piece;
     for (bool has_first = shared.plan.has_first != 0; walk.next(piece); has_first = false)
       producer.load_piece(piece, head_k, has_first);
+  }
+
+  /// Loads Q of each piece that has blocks, if that is not on its way, as soon as its memory is free. By a thread of
+  /// another warp than KV's, so that KV goes on arriving while a piece ends.
+  __device__ __forceinline__ static void produce_queries(const DenseDecodeParams& params, Storage& shared,
+                                                         const QueryTile& tile, int head_k, int part_idx) {
+    std::uint32_t phase = 0;
+    PieceWalk walk(params, shared.plan, part_idx);
+    Piece piece;
+    for (bool has_query = shared.plan.has_query != 0; walk.next(piece); has_query = false) {
+      if (piece.begin_block == piece.end_block) continue;
+      // Who has not loaded must not wait for memory that nobody has used: that phase may be over, and the next one too.
+      if (!has_query) {
+        ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
+        load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
+                           tile, head_k);
+      }
+      phase ^= 1;
+    }
   }
 };
 

@@ -17,11 +17,6 @@ struct RingPosition {
   }
   /// The slot `count` back, no more than the ring has.
   __device__ __forceinline__ int slot_before(int count) const { return slot - count + (slot < count ? kSlots : 0); }
-  /// Any number of slots on.
-  __device__ __forceinline__ RingPosition far_on(int count) const {
-    const std::uint32_t sum = static_cast<std::uint32_t>(slot) + static_cast<std::uint32_t>(count);
-    return {static_cast<int>(sum % kSlots), phase ^ (sum / kSlots & 1)};
-  }
 };
 
 }  // namespace flash_mla::sm90
