@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--cpp", type=Path, help="flash_mla_host_overhead, built with -DFLASH_MLA_BUILD_BENCHMARKS=ON")
     parser.add_argument("--commit", help=f"what is measured (default: ${machine.COMMIT_VARIABLE}, then git)")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("host_overhead.py needs a Hopper GPU and PyTorch built with CUDA")
 
     times = {name: host_microseconds(call) for name, call in calls().items()}
     pieces = {name: host_microseconds(call) for name, call in pieces_of_a_call().items()}
@@ -133,6 +135,4 @@ def host_microseconds(call: Callable[[], Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        raise SystemExit("host_overhead.py needs a Hopper GPU and PyTorch built with CUDA")
     main()

@@ -23,8 +23,8 @@ struct DenseDecodeArguments {
   Tensor q;
   /// (num_pages, page_size, num_heads_k, 576), as q. page_size is a power of two; num_heads_k divides num_heads_q.
   Tensor k_cache;
-  /// (batch, max_pages), int32, last dimension contiguous: page numbers. Entries past a request's last page are never
-  /// read. A request's length is cut at max_pages * page_size.
+  /// (batch, max_pages), int32, last dimension contiguous: page numbers. Entries past a request's last page have no
+  /// effect. A request's length is cut at max_pages * page_size.
   Tensor block_table;
   /// (batch,), int32, contiguous: tokens in each request's cache. 0 is legal; negative counts as 0.
   Tensor cache_seqlens;

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _add(commands, "demo", _demo, _DEMO, "a case is off")
     demo.add_argument("--json", action="store_true", help="print JSON")
-    info_parser = _add(commands, "info", _info, _INFO, "with --require-gpu, the kernels do not run here")
+    info_parser = _add(commands, "info", _info, _INFO, "the kernels do not run here and --require-gpu is given")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     info_parser.add_argument("--require-gpu", action="store_true", help="fail where the kernels do not run")
     bench = _add(

@@ -14,7 +14,6 @@
 #include "cuda/device.h"
 #include "cuda/tensor_map.h"
 #include "flash_mla/error.h"
-#include "flash_mla/plan.h"
 #include "scheduler/plan.h"
 #include "sm90/launch.h"
 
@@ -168,7 +167,6 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   sm90::DenseDecodeParams params{};
   params.batch_size = static_cast<int>(shape.batch_size);
   params.seqlen_q = static_cast<int>(shape.seqlen_q);
-  params.num_heads_q = static_cast<int>(shape.num_heads_q);
   params.num_heads_k = static_cast<int>(shape.num_heads_k);
   params.tiling = work.tiling;
   params.q_map = make_q_map(args.q, params.tiling);
@@ -184,7 +182,6 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.shares_kv = params.tiling.num_tiles > 1 && max_blocks > std::int64_t{kMaxMeanPart} * params.num_parts;
   params.waits_for_memory = waits_for_memory(cuda::device_properties(args.q.device.index), params.tiling.num_tiles);
   params.cluster_size = work.cluster_size;
-  params.softmax_scale = args.softmax_scale;
   params.softmax_scale_log2 = args.softmax_scale * kLog2E;
   params.causal = args.causal;
   params.out = args.out.data;

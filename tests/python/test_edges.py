@@ -213,11 +213,14 @@ def test_splits_of_values_whose_columns_differ(torch: Any, num_heads_q: int, fir
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads_q", "page_size"), [(16, 64), (128, 64), (128, 16), (128, 1)])
 @pytest.mark.parametrize("seqlen_q", [1, 2])
-def test_many_requests(torch: Any, seqlen_q: int) -> None:
-    lengths = varied_lengths(4096, 100, seed=1)
-    assert lengths.count(0) > 500
-    check(make_case(Spec(lengths, seqlen_q, causal=True), "cuda"))
+def test_many_requests(torch: Any, num_heads_q: int, page_size: int, seqlen_q: int) -> None:
+    """Several to a CTA, most of one to three blocks, some of none."""
+    batch_size = 65536 // num_heads_q
+    lengths = varied_lengths(batch_size, 100, seed=1)
+    assert lengths.count(0) > batch_size // 8
+    check(make_case(Spec(lengths, seqlen_q, num_heads_q, page_size=page_size, causal=True), "cuda"))
 
 
 @pytest.mark.gpu

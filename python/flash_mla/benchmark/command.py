@@ -14,6 +14,7 @@ from . import machine
 from .shapes import FLASH_MLA_MODULE, QUICK, SHAPES, Shape, custom, named
 
 PEER_NAMES = ("flash_mla", "flashinfer", "fa3", "sdpa")
+_NOT_OF_A_SWEEP = ("std", "causal", "table_tokens", "quick", "bursts", "rests", "peers", "flash_mla_module", "planning")
 DESCRIPTION = """\
 Measures decoding on a Hopper GPU, hot (bursts under the power limit) and cold (a few calls after a rest), as CUDA
 graphs with L2 cold, in turn with the peers that are installed. Each is checked against a float64 oracle first. HBM and
@@ -108,8 +109,9 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
         raise ValueError(f"--std: expected at least 0, got {options.std}")
     if options.sweep and (options.cases or options.custom):
         raise ValueError("--sweep: expected no cases beside it")
-    if options.sweep and options.table_tokens:
-        raise ValueError("--sweep: expected no --table-tokens beside it")
+    for name in _NOT_OF_A_SWEEP:
+        if options.sweep and getattr(options, name) not in (None, False, 0):
+            raise ValueError(f"--sweep: expected no --{name.replace('_', '-')} beside it")
     shapes = named(options.cases)
     try:
         shapes += [custom(text, options.std, options.causal) for text in options.custom]

@@ -5,7 +5,6 @@
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
-#include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/slice_memory.cuh"
 #include "sm90/dense_decode/slice_sums.cuh"
 #include "sm90/dense_decode/slot.cuh"

@@ -9,10 +9,8 @@
 #include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/split_group.cuh"
-#include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/grid.cuh"
 #include "sm90/ptx/registers.cuh"
-#include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/warp.cuh"
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/first_block.cuh"
 #include "sm90/dense_decode/load.cuh"

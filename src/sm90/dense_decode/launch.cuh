@@ -5,7 +5,6 @@
 #include <cstddef>
 
 #include "cuda/launch.h"
-#include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/entry.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/slice_memory.cuh"

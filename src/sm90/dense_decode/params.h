@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cuda.h>
-#include <vector_types.h>
 
 #include <cstdint>
 
@@ -39,7 +38,6 @@ struct DenseDecodeParams {
 
   int batch_size;
   int seqlen_q;
-  int num_heads_q;
   int num_heads_k;
   QueryTiling tiling;
 
@@ -66,8 +64,7 @@ struct DenseDecodeParams {
   const scheduler::Part* parts;  // (num_parts,), or null: planned in the kernel, or nothing to plan
   int num_parts;
 
-  float softmax_scale;
-  float softmax_scale_log2;  // softmax_scale * log2(e)
+  float softmax_scale_log2;  // the softmax's scale times log2(e)
   bool causal;
 
   void* out;  // (batch, seqlen_q, num_heads_q, 512)

@@ -33,7 +33,7 @@ struct MergeBarriers {
   std::uint64_t met;                       // for an arrival by each consumer thread
   std::uint64_t gathered;                  // for one by each of those that weigh
   std::uint64_t rows_known;                // for one by each consumer thread: weights, and where rows go
-  std::uint64_t share_loaded[kNumShares];  // for one arrival, with the bytes of a share of the pieces, or first of all
+  std::uint64_t share_loaded[kNumShares];  // for one arrival, with the bytes of a share of the pieces, or in [0] of all
   std::uint64_t
       seen[2];  // of each split, for one by each consumer warp that loads: it has seen all flags that it needs
 

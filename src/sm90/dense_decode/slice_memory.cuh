@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstdint>
-
 #include "scheduler/split_plan.h"
 #include "sm90/dense_decode/slot.cuh"
 

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstdint>
-
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode_narrow/accumulator.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"

@@ -42,14 +42,14 @@ class NarrowScorer {
       row_max_[k] = kNoMax;
       row_sum_[k] = 0.0F;
     }
-    const int min_limit = shared_.rows[0].limit(params_, piece.seqlen_k);
+    const int first_masked_block = max(shared_.rows[0].limit(params_, piece.seqlen_k), 0) / Traits::kBlockN;
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
       ptx::wgmma_fence();
       issue_qk();
       ptx::wgmma_wait<0>();
       if (block == piece.end_block - 1 && lane() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
-      if ((block + 1) * Traits::kBlockN > min_limit) mask(piece.seqlen_k, block * Traits::kBlockN);
+      if (block >= first_masked_block) mask(piece.seqlen_k, block * Traits::kBlockN);
       soften(block == piece.begin_block);
       ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[at_.slot]));
       at_ = at_ + 1;

@@ -1,8 +1,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-
 #include "sm90/primitives/fragment.cuh"
 
 namespace flash_mla::sm90 {
