@@ -3,8 +3,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
+#include "flash_mla/error.h"
 #include "flash_mla/export.h"
 
 // Forward declarations, so that callers need no CUDA headers: CUstream_st* is cudaStream_t.
@@ -66,13 +68,15 @@ constexpr std::size_t dtype_size(DType dtype) noexcept {
 
 enum class DeviceType : std::uint8_t { kCpu, kCuda };
 
-/// Where a tensor's memory is. `index` is the CUDA device ordinal, 0 for the CPU.
+/// Where a tensor's memory is. `index` is the CUDA device ordinal; of the CPU it says nothing.
 struct Device {
   DeviceType type = DeviceType::kCpu;
   int index = 0;
 };
 
-constexpr bool operator==(Device a, Device b) noexcept { return a.type == b.type && a.index == b.index; }
+constexpr bool operator==(Device a, Device b) noexcept {
+  return a.type == b.type && (a.type == DeviceType::kCpu || a.index == b.index);
+}
 constexpr bool operator!=(Device a, Device b) noexcept { return !(a == b); }
 
 /// The largest number of dimensions of any argument.
@@ -117,7 +121,12 @@ Tensor make_tensor(void* data, DType dtype, Device device, Extents... shape) {
 
 /// The tensors that lie along a tensor's first dimension: views of the same memory, of one dimension less. None for a
 /// tensor without dimensions.
+/// @throws InvalidArgument where the rank is above kMaxRank
 inline std::vector<Tensor> unstack(const Tensor& stacked) {
+  if (stacked.rank < 0 || stacked.rank > kMaxRank) {
+    throw InvalidArgument("stacked: expected rank 0 to " + std::to_string(kMaxRank) + ", got " +
+                          std::to_string(stacked.rank));
+  }
   std::vector<Tensor> tensors;
   if (stacked.rank == 0) return tensors;
   Tensor t = stacked;

@@ -143,7 +143,7 @@ def torch_dense_decode(
     tile_scheduler_metadata: object | None,
     num_splits: object | None,
     softmax_scale: float,
-    causal: object,
+    causal: bool,
     extents: tuple[int, int, int, int] | None,
 ) -> tuple[Any, Any] | None:
     """``dense_decode`` on tensors of PyTorch: makes what is None of out and lse, and returns both.

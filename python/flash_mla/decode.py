@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _C, frameworks
+from . import _C, frameworks, options
 from .calls import HEAD_DIM_V, Array, DecodeCall
 from .frameworks import Operations, check_framework, framework_of
 from .plan import FlashMLASchedMeta
@@ -81,7 +81,7 @@ def flash_mla_with_kvcache(
         a RuntimeError: a call of CUDA failed.
     """
     if (
-        is_fp8_kvcache
+        is_fp8_kvcache is not False
         or indices is not None
         or attn_sink is not None
         or extra_k_cache is not None
@@ -90,7 +90,7 @@ def flash_mla_with_kvcache(
         or extra_topk_length is not None
     ):
         _refuse(
-            is_fp8_kvcache=is_fp8_kvcache or None,
+            is_fp8_kvcache=options.flag("is_fp8_kvcache", is_fp8_kvcache) or None,
             indices=indices,
             attn_sink=attn_sink,
             extra_k_cache=extra_k_cache,
@@ -98,10 +98,14 @@ def flash_mla_with_kvcache(
             topk_length=topk_length,
             extra_topk_length=extra_topk_length,
         )
+    if type(head_dim_v) is not int:
+        head_dim_v = options.integer("head_dim_v", head_dim_v)
     if head_dim_v != HEAD_DIM_V:
         raise ValueError(f"head_dim_v: expected {HEAD_DIM_V}, got {head_dim_v}")
     # A literal: torch.compile would take a global number for one that changes.
-    scale = 576**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    scale = 576**-0.5 if softmax_scale is None else options.number("softmax_scale", softmax_scale)
+    if type(causal) is not bool:
+        causal = options.flag("causal", causal)
 
     meta = tile_scheduler_metadata
     if frameworks.is_read_by_dynamo():
@@ -122,24 +126,26 @@ def flash_mla_with_kvcache(
     if results is not None:
         return results
     return _decode_with_framework(
-        meta, DecodeCall(q, k_cache, block_table, cache_seqlens, out, lse, None, num_splits, scale, bool(causal))
+        meta, DecodeCall(q, k_cache, block_table, cache_seqlens, out, lse, None, num_splits, scale, causal)
     )
 
 
 def _decode_with_framework(meta: Array | FlashMLASchedMeta | None, call: DecodeCall) -> tuple[Array, Array]:
     """Decode with arrays of any library. The call's ``tile_scheduler_metadata`` is to be filled in from ``meta``."""
     framework = framework_of(call.q, "q")
-    check_framework(framework, call.k_cache, "k_cache")
-    check_framework(framework, call.block_table, "block_table")
-    check_framework(framework, call.cache_seqlens, "cache_seqlens")
+    for name in ("q", "k_cache", "block_table", "cache_seqlens"):
+        check_framework(framework, getattr(call, name), name)
     if call.out is not None:
         framework.check_output(call.out, "out")
     if call.lse is not None:
         framework.check_output(call.lse, "lse")
-    if meta is not None and not isinstance(meta, FlashMLASchedMeta):
-        check_framework(framework, meta, "tile_scheduler_metadata")
-    if call.num_splits is not None and not isinstance(meta, FlashMLASchedMeta):
-        check_framework(framework, call.num_splits, "num_splits")
+    if isinstance(meta, FlashMLASchedMeta):
+        metadata, num_splits = meta.tile_scheduler_metadata, meta.num_splits
+    else:
+        metadata, num_splits = meta, call.num_splits
+    for name, array in (("tile_scheduler_metadata", metadata), ("num_splits", num_splits)):
+        if array is not None:
+            check_framework(framework, array, name)
     return _decode(framework, meta, call)
 
 
@@ -153,18 +159,12 @@ def _decode(operations: Operations, meta: Array | FlashMLASchedMeta | None, call
         )
     operations.check_dense_decode(call)
     extents = (*call.q.shape[:3], call.k_cache.shape[2])
-    metadata, num_splits = meta.arrays(extents, call.cache_seqlens)
+    metadata, num_splits = meta.arrays(extents, call.cache_seqlens, operations)
     return operations.dense_decode(call.with_plan(metadata, num_splits))
 
 
-def _refuse(**options: object) -> None:
-    """Raises for the first option that is given: they all belong to FP8 caches or to sparse attention."""
-    name = next(name for name, value in options.items() if value is not None)
-    raise _C.Unsupported(f"{name}: only dense attention over bfloat16 and float16 caches is supported")
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__qualname__}") from None
+def _refuse(**arguments: object) -> None:
+    """Raises for the first argument that is given: they all belong to FP8 caches or to sparse attention."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise _C.Unsupported(f"{name}: only dense attention over bfloat16 and float16 caches is supported")

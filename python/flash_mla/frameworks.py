@@ -48,11 +48,21 @@ class Operations(Protocol):
     def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
         """(out, lse): the call's, or new arrays where it has none."""
 
+    @abstractmethod
+    def can_keep(self, array: Array) -> bool:
+        """Whether the array outlives the function that has made it: not what stands for one while JAX traces."""
+
 
 class Framework(Operations, ABC):
     """An array library. The methods' arrays are its own."""
 
     name: str
+
+    def check_array(self, array: Array, name: str) -> None:
+        """Raises for an array of the library's of a kind that is never taken; the message starts with ``name``."""
+
+    def can_keep(self, array: Array) -> bool:
+        return True
 
     def check_output(self, array: Array, name: str, like: str = "q") -> None:
         """Raises unless the array is one of the library's, as that named ``like`` is, and may be written to."""
@@ -156,8 +166,16 @@ class PyTorch(Framework):
 
     def __init__(self) -> None:
         global is_read_by_dynamo
+        torch = import_module("torch")
         self._memory = TorchMemory()
-        is_read_by_dynamo = import_module("torch").compiler.is_dynamo_compiling
+        self._strided = torch.strided
+        is_read_by_dynamo = torch.compiler.is_dynamo_compiling
+
+    def check_array(self, array: Array, name: str) -> None:
+        if array.layout is self._strided and not array.is_nested and not array.is_quantized:
+            return
+        kind = "nested" if array.is_nested else "quantized" if array.is_quantized else str(array.layout)
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
 
     def check_dense_decode(self, call: DecodeCall) -> None:
         self._operations(*call.arrays).check_dense_decode(call)
@@ -193,7 +211,7 @@ class NumPy(DLPackFramework):
         return self._empty(shape, like.dtype if dtype is None else dtype)
 
     def call(self, function: Callable[..., Result], arrays: tuple[Array | None, ...], *options: object) -> Result:
-        return function(*map(_bits_if_bfloat16, arrays), *options)
+        return function(*map(_to_readable, arrays), *options)
 
 
 class CuPy(DLPackFramework):
@@ -209,7 +227,7 @@ class CuPy(DLPackFramework):
             return self._cupy.empty(shape, like.dtype if dtype is None else dtype)
 
     def call(self, function: Callable[..., Result], arrays: tuple[Array | None, ...], *options: object) -> Result:
-        return function(*map(_bits_if_bfloat16, arrays), *options)
+        return function(*map(_to_readable, arrays), *options)
 
     def stream(self, like: Array) -> int | None:
         with like.device:
@@ -252,13 +270,14 @@ def framework_of(array: Array, name: str) -> Framework:
 
 
 def check_framework(framework: Framework, array: Array, name: str, like: str = "q") -> None:
-    """Raises ``TypeError`` where an array belongs to another library than that named ``like``.
+    """Raises ``TypeError`` where an array belongs to another library than that named ``like``, or is never taken.
 
     The message starts with ``name``.
     """
     other = framework_of(array, name)
     if other is not framework:
         raise TypeError(f"{name}: expected an array of {framework.name} as {like}, got one of {other.name}")
+    framework.check_array(array, name)
 
 
 def take_note_of_torch() -> None:
@@ -279,8 +298,16 @@ def _find(array_type: type, name: str) -> Framework:
     raise TypeError(f"{name}: expected an array of PyTorch, CuPy, JAX or NumPy, got {array_type.__qualname__}")
 
 
-def _bits_if_bfloat16(array: Array | None) -> object | None:
-    """NumPy knows bfloat16 only through ml_dtypes, and DLPack exports of such arrays are refused."""
-    if array is None or array.dtype.name != "bfloat16":
+# What NumPy and CuPy export through DLPack.
+_EXPORTED = frozenset(
+    ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64")
+)
+
+
+def _to_readable(array: Array | None) -> object | None:
+    """NumPy knows bfloat16 only through ml_dtypes and doesn't export it. Of what else it doesn't, an error tells."""
+    if array is None or array.dtype.name in _EXPORTED:
         return array
-    return _C.Bfloat16Bits(array.view("uint16"))
+    if array.dtype.name == "bfloat16":
+        return _C.Bfloat16Bits(array.view("uint16"))
+    return _C.ShapeDType(list(array.shape), array.dtype.name)

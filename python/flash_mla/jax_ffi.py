@@ -34,6 +34,9 @@ class Jax(Framework):
         self._plan = jax.jit(self._call_plan, static_argnames="num_sm_parts", inline=True)
         self._merge = jax.jit(self._call_merge, static_argnames=("num_outs", "result_shapes"), inline=True)
 
+    def can_keep(self, array: Array) -> bool:
+        return not isinstance(array, self._jax.core.Tracer)
+
     def check_output(self, array: Array, name: str, like: str = "q") -> None:
         super().check_output(array, name, like)
         raise ValueError(f"{name}: expected None, as JAX arrays are immutable, got one")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
-from . import _C, frameworks
+from . import _C, frameworks, options
 from .calls import Array
-from .frameworks import framework_of
+from .frameworks import Operations, check_framework, framework_of
 
 
 @dataclass
@@ -15,6 +15,8 @@ class FlashMLASchedMeta:
     """A plan that the first call of ``flash_mla_with_kvcache`` with it fills and later calls of the same step reuse.
 
     A plan follows from ``cache_seqlens``: make a new one, with ``get_mla_metadata()``, whenever the lengths change.
+    In a function that jax.jit compiles, one that is still empty stays so, as what it would hold ends with the function:
+    each call there plans by itself.
 
     Attributes
     ----------
@@ -31,7 +33,9 @@ class FlashMLASchedMeta:
     tile_scheduler_metadata: Array | None = None
     num_splits: Array | None = None
 
-    def arrays(self, config: tuple[int, int, int, int], cache_seqlens: Array) -> tuple[Array, Array]:
+    def arrays(
+        self, config: tuple[int, int, int, int], cache_seqlens: Array, operations: Operations
+    ) -> tuple[Array, Array]:
         """The plan for a call of these extents; made now if this is the first.
 
         Raises
@@ -41,9 +45,10 @@ class FlashMLASchedMeta:
         """
         if not self.have_initialized:
             _, seqlen_q, num_heads_q, num_heads_k = config
-            self.tile_scheduler_metadata, self.num_splits = _plan(
-                cache_seqlens, max(seqlen_q * num_heads_q // num_heads_k, 1), num_heads_k
-            )
+            metadata, num_splits = _plan(cache_seqlens, max(seqlen_q * num_heads_q // num_heads_k, 1), num_heads_k)
+            if not operations.can_keep(metadata):
+                return metadata, num_splits
+            self.tile_scheduler_metadata, self.num_splits = metadata, num_splits
             self.config = config
             self.have_initialized = True
         elif config != self.config:
@@ -115,7 +120,7 @@ def get_mla_metadata(
     """
     if cache_seqlens is None:
         return FlashMLASchedMeta(), None
-    if is_fp8_kvcache:
+    if options.flag("is_fp8_kvcache", is_fp8_kvcache):
         raise _C.Unsupported("is_fp8_kvcache: only bfloat16 and float16 caches are supported")
     if topk is not None:
         raise _C.Unsupported(f"topk: only dense attention is supported, expected None, got {topk}")
@@ -125,8 +130,8 @@ def get_mla_metadata(
         raise TypeError("num_heads_per_head_k: is another name of num_q_tokens_per_head_k, got both")
     return _plan(
         cache_seqlens,
-        _integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
-        _integer("num_heads_k", num_heads_k),
+        options.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
+        options.integer("num_heads_k", num_heads_k),
     )
 
 
@@ -140,11 +145,5 @@ def _plan(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) 
     if plan is not None:
         return plan
     framework = framework_of(cache_seqlens, "cache_seqlens")
+    check_framework(framework, cache_seqlens, "cache_seqlens")
     return framework.plan_dense_decode(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
-
-
-def _integer(name: str, value: Any) -> int:
-    """Raises unless the value is an integer, of Python, NumPy or a compiler's: a symbol, which stays one."""
-    if type(value) is not int and not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__qualname__}")
-    return value  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ Results never require grad, as those of calls that go around PyTorch's dispatche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -44,6 +45,11 @@ def check_dense_decode(call: DecodeCall) -> None:
     shape = tuple(call.k_cache.shape)
     if len(shape) != 4 or shape[2] < 1:
         raise ValueError(f"k_cache: expected shape (num_pages, page_size, num_heads_k, 576), got {shape}")
+
+
+def can_keep(array: Array) -> bool:
+    """Always: Dynamo sees to what a traced function leaves behind."""
+    return True
 
 
 def dense_decode(call: DecodeCall) -> tuple[Array, Array]:
@@ -151,13 +157,13 @@ def _decode_in_memory(call: DecodeCall) -> tuple[Array, Array]:
 
 def _decode_shapes(*arguments: Any) -> tuple[Array, Array]:
     call = _to_call(*arguments)
-    _check_known_shapes(call)
+    _check(call)
     out_shape, lse_shape = call.result_shapes()
     return call.q.new_empty(out_shape), call.q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _decode_into_shapes(*arguments: Any) -> None:
-    _check_known_shapes(_to_call(*arguments))
+    _check(_to_call(*arguments))
 
 
 def _plan_shapes(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) -> tuple[Array, Array]:
@@ -170,13 +176,13 @@ def _plan_shapes(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k
 
 def _merge_shapes(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
     call = _to_merge_call(outs, lses)
-    call.check_shapes(_dtype_name)
+    _check_merge(call)
     out_shape, lse_shape = call.result_shapes()
     return outs[0].new_empty(out_shape), outs[0].new_empty(lse_shape, dtype=torch.float32)
 
 
 def _merge_into_shapes(outs: list[Array], lses: list[Array], out: Array, lse: Array) -> None:
-    _to_merge_call(outs, lses).check_shapes(_dtype_name)
+    _check_merge(_to_merge_call(outs, lses, out, lse))
 
 
 def _num_sm_parts(device: Any, num_q_tokens_per_head_k: int, num_heads_k: int) -> int:
@@ -193,11 +199,26 @@ def _num_sm_parts(device: Any, num_q_tokens_per_head_k: int, num_heads_k: int) -
     return torch.library.get_ctx().new_dynamic_size(min=1)  # type: ignore[no-any-return]
 
 
-def _check_known_shapes(call: DecodeCall) -> None:
+def _check(call: DecodeCall) -> None:
     """Raises as the call would; not where a shape is a symbol, of which the call itself will know more."""
     shapes = call.map_arrays(_describe)
     if shapes.arrays.count(None) == call.arrays.count(None):
         _C.dense_decode_workspace_size(*shapes)
+    _check_devices(call._fields, call.arrays)
+
+
+def _check_merge(call: MergeCall) -> None:
+    """The same."""
+    call.check_shapes(_dtype_name)
+    _check_devices((*call.outs.names(), *call.lses.names(), "out", "lse"), (*call.states(), call.out, call.lse))
+
+
+def _check_devices(names: Sequence[str], arrays: Sequence[Array | None]) -> None:
+    """Raises unless all lie on the device of the first."""
+    device = arrays[0].device  # type: ignore[union-attr]
+    for name, array in zip(names, arrays, strict=False):
+        if array is not None and array.device != device:
+            raise ValueError(f"{name}: expected device {device} as {names[0]}, got {array.device}")
 
 
 def _describe(tensor: Array) -> _C.ShapeDType | None:

@@ -45,6 +45,10 @@ void fail(const std::string& name, const std::string& expected, const std::strin
 
 void fail(Argument arg, const std::string& expected, const std::string& got) { fail(name_of(arg), expected, got); }
 
+void check_rank(Argument arg, int rank) {
+  if (rank < 0 || rank > kMaxRank) fail(arg, "rank 0 to " + std::to_string(kMaxRank), std::to_string(rank));
+}
+
 void fail_strides(Argument arg, const std::string& expected) { fail(arg, expected, "strides " + strides_of(arg)); }
 
 void fail_dtype(Argument arg, const std::string& expected) {
@@ -52,6 +56,7 @@ void fail_dtype(Argument arg, const std::string& expected) {
 }
 
 void fail_shape(Argument arg, Extents expected) {
+  check_rank(arg, arg.tensor.rank);
   fail(arg, "shape " + to_string(expected), to_string(arg.tensor.shape, arg.tensor.rank));
 }
 

@@ -39,6 +39,8 @@ std::string name_of(Argument arg);
 std::string strides_of(Argument arg);
 [[noreturn]] void fail(const std::string& name, const std::string& expected, const std::string& got);
 [[noreturn]] void fail(Argument arg, const std::string& expected, const std::string& got);
+/// A rank that a Tensor has room for. fail_shape asks, so that check_shape lets no other pass.
+void check_rank(Argument arg, int rank);
 [[noreturn]] void fail_strides(Argument arg, const std::string& expected);
 
 /// `expected` follows "expected dtype " in the message.

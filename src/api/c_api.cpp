@@ -17,6 +17,7 @@ namespace flash_mla {
 namespace {
 
 using checks::Argument;
+using checks::check_rank;
 using checks::fail;
 
 static_assert(FLASH_MLA_BFLOAT16 == static_cast<int>(DType::kBFloat16));
@@ -77,10 +78,6 @@ template <class T>
 T& require(const char* name, T* pointer) {
   if (pointer == nullptr) fail(name, "an address", "a null pointer");
   return *pointer;
-}
-
-void check_rank(Argument arg, std::int32_t rank) {
-  if (rank < 0 || rank > kMaxRank) fail(arg, "rank 0 to " + std::to_string(kMaxRank), std::to_string(rank));
 }
 
 Device to_device(Argument arg, std::int32_t type, std::int32_t index) {

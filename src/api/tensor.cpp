@@ -13,7 +13,7 @@ const char* dtype_name(DType dtype) noexcept {
     case DType::kFloat64:
       return "float64";
     case DType::kFloat8E4M3:
-      return "float8_e4m3";
+      return "float8_e4m3fn";
     case DType::kFloat8E5M2:
       return "float8_e5m2";
     case DType::kInt8:

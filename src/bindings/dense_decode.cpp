@@ -3,7 +3,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
@@ -17,14 +16,14 @@ struct Call {
   ArrayView q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits;
   DenseDecodeArguments args;
 
-  Call(nb::handle q_, nb::handle k_cache_, nb::handle block_table_, nb::handle cache_seqlens_, ArrayView out_,
-       ArrayView lse_, nb::handle tile_scheduler_metadata_, nb::handle num_splits_, float softmax_scale, bool causal)
+  Call(nb::handle q_, nb::handle k_cache_, nb::handle block_table_, nb::handle cache_seqlens_, nb::handle out_,
+       nb::handle lse_, nb::handle tile_scheduler_metadata_, nb::handle num_splits_, float softmax_scale, bool causal)
       : q("q", q_),
         k_cache("k_cache", k_cache_),
         block_table("block_table", block_table_),
         cache_seqlens("cache_seqlens", cache_seqlens_),
-        out(std::move(out_)),
-        lse(std::move(lse_)),
+        out(ArrayView::optional("out", out_, Access::kWrite)),
+        lse(ArrayView::optional("lse", lse_, Access::kWrite)),
         tile_scheduler_metadata(ArrayView::optional("tile_scheduler_metadata", tile_scheduler_metadata_)),
         num_splits(ArrayView::optional("num_splits", num_splits_)),
         args{q.tensor(),
@@ -44,8 +43,7 @@ template <std::size_t (*function)(const DenseDecodeArguments&)>
 std::size_t workspace_size(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                            nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
                            float softmax_scale, bool causal) {
-  Call call(q, k_cache, block_table, cache_seqlens, ArrayView::optional("out", out, Access::kWrite),
-            ArrayView::optional("lse", lse, Access::kWrite), tile_scheduler_metadata, num_splits, softmax_scale,
+  Call call(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, softmax_scale,
             causal);
   DenseDecodeArguments& args = call.args;
   const std::int64_t batch_size = args.q.shape[0];
@@ -63,20 +61,13 @@ std::size_t workspace_size(nb::handle q, nb::handle k_cache, nb::handle block_ta
 void decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens, nb::handle out,
             nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits, float softmax_scale, bool causal,
             nb::handle stream, nb::handle allocate) {
-  const Call call(q, k_cache, block_table, cache_seqlens, ArrayView("out", out, Access::kWrite),
-                  ArrayView("lse", lse, Access::kWrite), tile_scheduler_metadata, num_splits, softmax_scale, causal);
+  const Call call(q, k_cache, block_table, cache_seqlens, out, lse, tile_scheduler_metadata, num_splits, softmax_scale,
+                  causal);
   const std::size_t workspace_bytes = dense_decode_workspace_size(call.args);
   const Workspace workspace(call.q, workspace_bytes, allocate);
   CUstream_st* const cuda_stream = call.q.current_stream(stream);
   const nb::gil_scoped_release no_gil;
   dense_decode(call.args, workspace.data(), workspace_bytes, cuda_stream);
-}
-
-/// As Python's bool(), which costs as much as reading a tensor does.
-bool is_true(nb::handle value) {
-  const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw nb::python_error();
-  return truth != 0;
 }
 
 /// Whether `extents`, where it isn't None, is (batch, seqlen_q, num_heads_q, num_heads_k) of the call.
@@ -124,7 +115,7 @@ struct NamedTensor {
 /// what the longer way through Python serves, or explains the error of.
 nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                         nb::handle out, nb::handle lse, nb::handle tile_scheduler_metadata, nb::handle num_splits,
-                        float softmax_scale, nb::handle causal, nb::handle extents) {
+                        float softmax_scale, bool causal, nb::handle extents) {
   DenseDecodeArguments args;
   const NamedTensor required[] = {{"q", q, args.q},
                                   {"k_cache", k_cache, args.k_cache},
@@ -148,7 +139,7 @@ nb::object torch_decode(nb::handle q, nb::handle k_cache, nb::handle block_table
     if (!argument.array.is_none() && !torch::view(argument.name, argument.array, argument.tensor)) return nb::none();
   }
   args.softmax_scale = softmax_scale;
-  args.causal = is_true(causal);
+  args.causal = causal;
   const bool is_16_bit = args.q.dtype == DType::kBFloat16 || args.q.dtype == DType::kFloat16;
   if (args.q.rank != 4 || !is_16_bit || args.k_cache.rank != 4 || !agree(extents, args)) return nb::none();
 
@@ -184,7 +175,7 @@ void register_dense_decode(nb::module_& m) {
         "exchange table; for others the stream and the workspace come from their library.");
   m.def("torch_dense_decode", torch_decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
         "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "tile_scheduler_metadata"_a.none(),
-        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a.none(), "extents"_a.none(),
+        "num_splits"_a.none(), "softmax_scale"_a, "causal"_a, "extents"_a.none(),
         "dense_decode on tensors of PyTorch: makes what is None of out and lse, and returns both. None where "
         "dense_decode is to be called instead.");
 }

@@ -112,12 +112,12 @@ void find_function(const char* file, const char* symbol, Function& function) {
 
 PyTypeObject* as_type(nb::handle type) { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
 
-/// Looked up once per type, which find_exchange_api keeps alive.
+/// Looked up once per type. find_exchange_api is asked first: it keeps alive each type that it is asked about.
 bool is_ordinary_type(nb::handle type) {
   static auto* cache = new std::unordered_map<PyObject*, bool>;
   if (const auto it = cache->find(type.ptr()); it != cache->end()) return it->second;
-  const bool is_ordinary = PyType_IsSubtype(as_type(type), as_type(library.tensor_type)) != 0 &&
-                           find_exchange_api(type) == library.exchange_api &&
+  const bool is_ordinary = find_exchange_api(type) == library.exchange_api &&
+                           PyType_IsSubtype(as_type(type), as_type(library.tensor_type)) != 0 &&
                            nb::getattr(type, kDispatchAttribute, nb::none()).ptr() == library.no_dispatch;
   cache->emplace(type.ptr(), is_ordinary);
   return is_ordinary;

@@ -276,6 +276,13 @@ TEST(CApi, NamesTheTensorWhoseFieldsAreOutOfRange) {
   }
 }
 
+TEST(CApi, TakesAnyIndexOfTheCpu) {
+  Call call;
+  call.given.args.q.device_index = -1;
+  call.given.args.k_cache.device_index = 3;
+  EXPECT_EQ(call.run(), FLASH_MLA_OK) << flash_mla_last_error();
+}
+
 TEST(CApi, NamesPointersThatAreNull) {
   const Call call;
   EXPECT_EQ(flash_mla_dense_decode_workspace_size(&call.given.args, nullptr), FLASH_MLA_INVALID_ARGUMENT);

@@ -130,6 +130,8 @@ TEST(CheckDenseDecode, TakesShapes) {
        "InvalidArgument: num_splits: expected both parts of a plan or neither, got one alone"},
       {[](Args& a) { a.tile_scheduler_metadata = {}; },
        "InvalidArgument: tile_scheduler_metadata: expected both parts of a plan or neither, got one alone"},
+      {[](Args& a) { a.q.rank = 6; }, "InvalidArgument: q: expected rank 0 to 5, got 6"},
+      {[](Args& a) { a.num_splits.rank = -1; }, "InvalidArgument: num_splits: expected rank 0 to 5, got -1"},
   });
 }
 
@@ -178,7 +180,7 @@ TEST(CheckDenseDecode, TakesDtypesAndDevices) {
       {[](Args& a) { a.cache_seqlens.dtype = DType::kUInt32; },
        "InvalidType: cache_seqlens: expected dtype int32, got uint32"},
       {[](Args& a) { a.out.dtype = DType::kFloat8E4M3; },
-       "InvalidType: out: expected dtype bfloat16 as q, got float8_e4m3"},
+       "InvalidType: out: expected dtype bfloat16 as q, got float8_e4m3fn"},
       {[](Args& a) { a.lse.dtype = DType::kBFloat16; }, "InvalidType: lse: expected dtype float32, got bfloat16"},
       {[](Args& a) { a.tile_scheduler_metadata.dtype = DType::kBool; },
        "InvalidType: tile_scheduler_metadata: expected dtype int32, got bool"},
@@ -311,6 +313,13 @@ TEST(CheckDenseDecode, AllowsWhatIsUnusualButRight) {
   }
 }
 
+TEST(CheckDenseDecode, TakesAnyIndexOfTheCpu) {
+  Args args = right_call(kCpu);
+  args.k_cache.device.index = -1;
+  args.num_splits.device.index = 3;
+  EXPECT_EQ(error_of(args), "no error");
+}
+
 TEST(CheckDenseDecode, AsksForLessOnTheCpu) {
   Args args = right_call(kCpu);
   args.q.data = address(1, 2);
@@ -337,6 +346,24 @@ TEST(MaxWorkspaceSize, AsksForNoDevice) {
   // A tile of 64 rows has values in float16, and 16 bytes for each row of two consumers.
   const std::size_t tile = 64 * 512 * sizeof(std::uint16_t) + std::size_t{64} * 2 * 16;
   EXPECT_EQ(unplanned, 36 * 32 + 4 * 5 * 36 * sizeof(std::uint64_t) + std::size_t{2} * 36 * 4 * tile);
+}
+
+TEST(MaxWorkspaceSize, GrowsWithTheRows) {
+  const auto size = [](std::int64_t seqlen_q, std::int64_t num_heads_q) {
+    Args args;
+    args.q = make_tensor(nullptr, DType::kBFloat16, kGpu, 1, seqlen_q, num_heads_q, 576);
+    args.k_cache = make_tensor(nullptr, DType::kBFloat16, kGpu, 1, 64, 1, 576);
+    args.block_table = make_tensor(nullptr, DType::kInt32, kGpu, 1, 1);
+    args.cache_seqlens = make_tensor(nullptr, DType::kInt32, kGpu, 1);
+    args.out = make_tensor(nullptr, DType::kBFloat16, kGpu, 1, seqlen_q, num_heads_q, 512);
+    args.lse = make_tensor(nullptr, DType::kFloat32, kGpu, 1, num_heads_q, seqlen_q);
+    return dense_decode_max_workspace_size(args);
+  };
+  // As many tiles of 64 rows, the last of them full or not.
+  EXPECT_EQ(size(1, kMaxInt32), size(1, kMaxInt32 - 62));
+  EXPECT_EQ(size(kMaxInt32, 1), size(kMaxInt32 - 62, 1));
+  EXPECT_EQ(size(1, kMaxInt32), size(kMaxInt32, 1));
+  EXPECT_GT(size(1, kMaxInt32), size(1, kMaxInt32 - 63));
 }
 
 TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {
@@ -381,6 +408,7 @@ TEST(CheckPlan, TakesArraysThatAgree) {
 
 TEST(DtypeName, NamesEachType) {
   EXPECT_STREQ(dtype_name(DType::kBFloat16), "bfloat16");
+  EXPECT_STREQ(dtype_name(DType::kFloat8E4M3), "float8_e4m3fn");
   EXPECT_STREQ(dtype_name(DType::kFloat8E5M2), "float8_e5m2");
   EXPECT_STREQ(dtype_name(DType::kUInt16), "uint16");
 }

@@ -95,6 +95,8 @@ TEST(Unstack, GivesTheTensorsAlongTheFirstDimension) {
   EXPECT_EQ(unstack(stacked)[2].data, nullptr);
   EXPECT_TRUE(unstack(Tensor{}).empty());
   EXPECT_TRUE(unstack(make_tensor(address(1), DType::kInt8, kGpu, 0, 4)).empty());
+  stacked.rank = kMaxRank + 1;
+  EXPECT_THROW(unstack(stacked), InvalidArgument);
 }
 
 TEST(CheckMergeStates, ReturnsTheExtentsOfARightCall) {
@@ -112,6 +114,7 @@ TEST(CheckMergeStates, TakesShapes) {
       {[](Call& c) { c.args.num_states = 0; }, "InvalidArgument: outs: expected 1 to 128 states, got 0"},
       {[](Call& c) { c.args.num_states = 129; }, "InvalidArgument: outs: expected 1 to 128 states, got 129"},
       {[](Call& c) { c.args.outs = nullptr; }, "InvalidArgument: outs: expected 3 tensors, got a null pointer"},
+      {[](Call& c) { c.lses[1].rank = 6; }, "InvalidArgument: lses[1]: expected rank 0 to 5, got 6"},
       {[](Call& c) { c.args.lses = nullptr; }, "InvalidArgument: lses: expected 3 tensors, got a null pointer"},
       {[](Call& c) { reshape(c.outs[0], 4, 2, 16, 576); },
        "InvalidArgument: outs[0]: expected shape (batch_size, seqlen_q, num_heads_q, 512), got (4, 2, 16, 576)"},

@@ -158,7 +158,8 @@ def test_checks_arrays_that_are_not_there() -> None:
     expected = 144 * (32 + 5 * 8 + 2 * 16 * (512 * 4 + 2 * 16))
     assert _C.dense_decode_max_workspace_size(**shapes, **more, **options) == expected
     wrong: list[tuple[str, list[int], str, type[Exception], str]] = [
-        ("q", [2, 1, 16, 576], "float8_e4m3fn", TypeError, "dtype bfloat16 or float16, got an unknown dtype"),
+        ("q", [2, 1, 16, 576], "float8_e4m3fn", TypeError, "dtype bfloat16 or float16, got float8_e4m3fn"),
+        ("q", [2, 1, 16, 576], "complex64", TypeError, "dtype bfloat16 or float16, got an unknown dtype"),
         ("q", [2, 1, 1, 1, 16, 576], "bfloat16", ValueError, "1 to 5 dimensions, got 6"),
         ("k_cache", [9, 64, 1, 576], "float16", TypeError, "dtype bfloat16 as q, got float16"),
         ("cache_seqlens", [], "int32", ValueError, "1 to 5 dimensions, got 0"),

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 CPP_FOLDERS = ("src/api", "src/bindings", "src/cpu", "src/cuda")
 PYTHON_FILES = (
-    *("calls", "cuda", "decode", "frameworks", "info", "jax_ffi", "merge", "plan", "torch_library"),
+    *("calls", "cuda", "decode", "frameworks", "info", "jax_ffi", "merge", "options", "plan", "torch_library"),
     *("integration/_shared", "integration/vllm"),
 )
 

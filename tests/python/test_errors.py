@@ -10,6 +10,7 @@ from typing import Any
 
 import flash_mla
 import hopper
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import Spec, make_case
@@ -212,10 +213,25 @@ def call() -> dict[str, Any]:
     ("name", "value", "error", "message"),
     [
         ("head_dim_v", 576, ValueError, "expected 512, got 576"),
-        ("softmax_scale", "wide", TypeError, "expected a number, got str"),
+        ("head_dim_v", np.array([512, 512]), TypeError, "expected an integer, got ndarray"),
+        ("softmax_scale", "0.04", TypeError, "expected a number, got str"),
+        ("softmax_scale", 10**400, ValueError, "finite number above 0, got inf"),
+        ("causal", np.array([True, False]), TypeError, "expected a bool, got ndarray"),
+        ("is_fp8_kvcache", np.array([False, False]), TypeError, "expected a bool, got ndarray"),
         ("softmax_scale", -0.5, ValueError, "above 0"),
         ("q", [[1.0]], TypeError, "array of PyTorch, CuPy, JAX or NumPy, got list"),
         ("q", np.zeros((2, 576), np.float16), ValueError, r"expected shape .*got \(2, 576\)"),
+        *(
+            ("q", np.zeros((2, 1, 4, 576)).astype(dtype), TypeError, "expected dtype bfloat16 or float16, got")
+            for dtype in (ml_dtypes.float8_e4m3fn, object, np.longdouble)
+        ),
+        ("q", np.zeros((2, 1, 4, 576), ">f2"), ValueError, "cannot be read through DLPack"),
+        (
+            "k_cache",
+            np.zeros((2, 64, 1, 576), ml_dtypes.float8_e4m3fn),
+            TypeError,
+            "expected dtype float16 as q, got float8_e4m3fn",
+        ),
         ("k_cache", None, TypeError, "got NoneType"),
         ("block_table", [[0]], TypeError, "got list"),
         ("cache_seqlens", np.array([70.0, 5.0]), TypeError, "int32"),
@@ -276,11 +292,14 @@ def test_leaves_a_sched_meta_empty_after_an_error(call: dict[str, Any]) -> None:
         ({"num_heads_k": 0}, ValueError, "^num_heads_k: expected at least 1, got 0"),
         ({"num_heads_k": None}, TypeError, "^num_heads_k: expected an integer, got NoneType"),
         ({"num_q_tokens_per_head_k": 1.5}, TypeError, "^num_q_tokens_per_head_k: expected an integer, got float"),
+        ({"num_q_tokens_per_head_k": np.array([16])}, TypeError, "^num_q_tokens_per_head_k: .*integer, got ndarray"),
+        ({"num_heads_k": 2**63}, ValueError, "^num_heads_k: expected an integer of 64 bits, got one of 65"),
         ({"num_heads_per_head_k": 16}, TypeError, "^num_heads_per_head_k: .*got both"),
         ({"cache_seqlens": [1, 2]}, TypeError, "^cache_seqlens: expected an array"),
         ({"cache_seqlens": np.zeros((2, 2), np.int32)}, ValueError, "^cache_seqlens: expected shape"),
         ({"cache_seqlens": np.zeros(2, np.int64)}, TypeError, "^cache_seqlens: expected dtype int32, got int64"),
         ({"is_fp8_kvcache": True}, RuntimeError, "^is_fp8_kvcache: .*bfloat16 and float16"),
+        ({"is_fp8_kvcache": np.zeros(2)}, TypeError, "^is_fp8_kvcache: expected a bool, got ndarray"),
         ({"topk": 2048}, RuntimeError, "^topk: only dense attention"),
     ],
     ids=str,

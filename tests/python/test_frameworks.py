@@ -141,6 +141,17 @@ def test_refuses_arrays_of_two_libraries(name: str) -> None:
         flash_mla_with_kvcache(**arguments | {name: torch.zeros(1)})
 
 
+@pytest.mark.parametrize(
+    "names", [("numpy", "torch"), ("torch", "numpy"), ("torch", "jax.numpy"), ("numpy", "jax.numpy")]
+)
+def test_refuses_a_sched_meta_of_another_library(names: tuple[str, str]) -> None:
+    first, second = map(Library, names)
+    meta, _ = get_mla_metadata()
+    call(first, make_case(SPEC), meta)
+    with pytest.raises(TypeError, match=r"^tile_scheduler_metadata: expected an array of \w+ as q, got one of \w+$"):
+        call(second, make_case(SPEC), meta)
+
+
 def test_takes_subclasses() -> None:
     torch = pytest.importorskip("torch")
     library = Library("torch")

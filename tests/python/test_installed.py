@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from flash_mla import cli, installed
 
-CONSUMER = Path(__file__).parents[1] / "cpp" / "consumer"
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONSUMER = REPOSITORY / "tests" / "cpp" / "consumer"
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -71,6 +72,16 @@ def test_cmake_finds_the_library(tmp_path: Path, variable: str) -> None:
     run("cmake", "-S", CONSUMER, "-B", tmp_path, f"-D{variable}={installed.cmake_dir()}")
     run("cmake", "--build", tmp_path)
     run("ctest", "--test-dir", tmp_path, "--output-on-failure", "--no-tests=error")
+
+
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("cmake", "g++", "nvcc")), reason="needs cmake, g++ and nvcc"
+)
+def test_as_part_of_another_project_it_leaves_the_build_type(tmp_path: Path) -> None:
+    project = f'project(parent LANGUAGES CXX)\nadd_subdirectory("{REPOSITORY}" flash_mla)\n'
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.25)\n{project}")
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build")
+    assert "CMAKE_BUILD_TYPE:STRING=\n" in (tmp_path / "build" / "CMakeCache.txt").read_text()
 
 
 @pytest.mark.skipif(

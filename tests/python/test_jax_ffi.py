@@ -100,6 +100,20 @@ def test_a_plan_from_outside_jit(case: Case) -> None:
     check(case, decode(*plan, *arrays_of(case)))
 
 
+def test_a_sched_meta_from_outside_jit(case: Case) -> None:
+    """Empty ones keep nothing of a trace; filled ones serve inside."""
+    meta, _ = get_mla_metadata()
+
+    def decode(*arrays: Any) -> Results:
+        return flash_mla_with_kvcache(*arrays, 512, meta, causal=True)
+
+    check(case, jax_module.jit(decode)(*arrays_of(case)))
+    assert not meta.have_initialized
+    check(case, decode(*arrays_of(case)))
+    assert meta.have_initialized
+    check(case, jax_module.jit(lambda *arrays: decode(*arrays))(*arrays_of(case)))
+
+
 def test_follows_new_values(case: Case) -> None:
     """XLA may capture the call in a CUDA graph; all of this runs one compiled function."""
     compiled = jax_module.jit(lambda *arrays: planned_inside(*arrays))
@@ -190,6 +204,7 @@ def test_errors_of_a_merge(outs: tuple[int, ...], lses: tuple[int, ...], error: 
     [
         ("q", lambda x: x[0], ValueError, "shape"),
         ("q", lambda x: x.astype("float32"), TypeError, "dtype"),
+        ("q", lambda x: x.astype("float8_e4m3fn"), TypeError, "got float8_e4m3fn"),
         ("q", lambda x: x[None], ValueError, "got"),
         ("k_cache", lambda x: x[..., :512], ValueError, "shape"),
         ("block_table", lambda x: x.astype("int16"), TypeError, "dtype"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import resource
+import weakref
 from typing import Any
 
 import pytest
@@ -123,6 +125,17 @@ def test_only_tensors_pass_for_tensors(case: Case) -> None:
     assert not _C.torch_can_read(Impostor())
     with pytest.raises(TypeError, match=r"^k_cache: .*Impostor"):
         flash_mla_with_kvcache(**case.arguments() | {"k_cache": Impostor()})
+
+
+@needs_short_way
+def test_what_it_knows_of_a_type_is_of_that_type(case: Case) -> None:
+    """It goes by addresses, so a type that it has seen isn't freed, whose address another would get."""
+    seen = type("Seen", (), {})
+    assert not _C.torch_can_read(seen())
+    reference = weakref.ref(seen)
+    del seen
+    gc.collect()
+    assert reference() is not None
 
 
 def test_results_are_freed(case: Case) -> None:

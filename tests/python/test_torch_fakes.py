@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
 import pytest
 from cases import Case, make_case
-from flash_mla import Unsupported, get_mla_metadata, merge_states
+from flash_mla import Unsupported, flash_mla_with_kvcache, get_mla_metadata, merge_states
 from ways import CPU_SPEC, Arrays, Results, arrays_of, left_out, plan_for, planned_inside
 
 torch_module = pytest.importorskip("torch")
@@ -69,6 +71,59 @@ def test_meta_tensors() -> None:
         planned_inside(*arrays)
 
 
+def call_with_a_mistake(name: str, change: Callable[[Any], Any]) -> Results:
+    """Decodes with a plan, or merges where the name is one of a merge, one of the tensors being another."""
+    q, k_cache, block_table, cache_seqlens = arrays_of(make_case(CPU_SPEC, "cpu"))
+    metadata, num_splits = plan_for(q, k_cache, cache_seqlens)
+    out, lse = left_out(q, k_cache, block_table, cache_seqlens)
+    if name in ("outs", "lses"):
+        return merge_states(**{"outs": [out], "lses": [lse], name: [change(out if name == "outs" else lse)]})
+    if name.startswith("merged "):
+        name = name.removeprefix("merged ")
+        return merge_states([out], [lse], **{name: change(out if name == "out" else lse)})
+    call = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+    call |= {"tile_scheduler_metadata": metadata, "num_splits": num_splits, "out": out, "lse": lse}
+    return flash_mla_with_kvcache(**call | {name: change(call[name])}, head_dim_v=512)
+
+
+PLACED = ("k_cache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits", "out", "lse")
+
+
+@pytest.mark.parametrize("name", [*PLACED, "lses", "merged out", "merged lse"])
+def test_names_the_tensor_on_another_device(name: str) -> None:
+    """Without memory there, or faked there: whatever looks at shapes alone would go on."""
+    like = "outs[0]" if name in ("lses", "merged out", "merged lse") else "q"
+    named = {"lses": "lses[0]"}.get(name, name.removeprefix("merged "))
+    for mode, device in ((nullcontext(), "meta"), (import_module("torch._subclasses").FakeTensorMode(), "cuda:0")):
+
+        def move(tensor: Any, device: str = device) -> Any:
+            return torch_module.empty_like(tensor, device=device)
+
+        with mode, pytest.raises(ValueError, match="expected device") as caught:
+            call_with_a_mistake(name, move)
+        assert str(caught.value) == f"{named}: expected device cpu as {like}, got {device}"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda x: x.to_sparse(), "torch.sparse_coo"),
+        (lambda x: torch_module.nested.nested_tensor(list(x)), "nested"),
+        (lambda x: torch_module.quantize_per_tensor(x.float(), 0.1, 0, torch_module.qint8), "quantized"),
+    ],
+    ids=["sparse", "nested", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_names_the_tensor_that_is_not_dense(change: Callable[[Any], Any], kind: str) -> None:
+    for name in ("q", *PLACED, "outs", "lses"):
+        named = f"{name}[0]" if name in ("outs", "lses") else name
+        with pytest.raises(TypeError) as caught:
+            call_with_a_mistake(name, change)
+        assert str(caught.value) == f"{named}: expected a dense tensor, got a {kind} one"
+    with pytest.raises(TypeError, match=r"^cache_seqlens: expected a dense tensor"):
+        get_mla_metadata(change(torch_module.zeros(2, 3)), 16, 1)
+
+
 def test_states_without_dimensions() -> None:
     outs = torch_module.zeros((3, 2, 1, 4, 512), device="meta")
     with pytest.raises(ValueError, match=r"^lses: expected 1 to 5 dimensions, got 0"):
@@ -80,6 +135,7 @@ def test_states_without_dimensions() -> None:
     [
         ("q", lambda x: x[0], ValueError, "shape"),
         ("q", lambda x: x.float(), TypeError, "dtype"),
+        ("q", lambda x: x.to(torch_module.float8_e4m3fn), TypeError, "got float8_e4m3fn"),
         ("k_cache", lambda x: x[..., :512], ValueError, "shape"),
         ("block_table", lambda x: x.long(), TypeError, "dtype"),
         ("cache_seqlens", lambda x: x[1:], ValueError, "shape"),

@@ -24,7 +24,7 @@ struct QueryTiling {
   int head_tiles;
   int num_tiles;
 
-  /// Of at most `max_rows` rows a tile.
+  /// Of at most `max_rows` rows a tile; there is a query at least.
   FLASH_MLA_HOST_DEVICE static QueryTiling make(int group_size, int seqlen_q, int max_rows = kBlockM) {
     QueryTiling tiling;
     tiling.group_size = group_size;
@@ -35,8 +35,8 @@ struct QueryTiling {
     tiling.heads_per_tile = group_size < tiling.rows ? group_size : tiling.rows;
     const int fit = tiling.rows / tiling.heads_per_tile;
     tiling.queries_per_tile = fit < seqlen_q ? fit : seqlen_q;
-    tiling.head_tiles = (group_size + tiling.rows - 1) / tiling.rows;
-    tiling.num_tiles = tiling.head_tiles * ((seqlen_q + tiling.queries_per_tile - 1) / tiling.queries_per_tile);
+    tiling.head_tiles = 1 + (group_size - 1) / tiling.rows;  // rounded up, as the next
+    tiling.num_tiles = tiling.head_tiles * (1 + (seqlen_q - 1) / tiling.queries_per_tile);
     return tiling;
   }
   /// Rows of a tile that are loaded; the others are padding.

@@ -1,0 +1,66 @@
+"""Options of calls as Python's own numbers and flags; errors name them."""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from contextlib import suppress
+from typing import Any
+
+from . import frameworks
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float, infinite for an integer that no float can hold.
+
+    Raises
+    ------
+    TypeError
+        for what isn't one number. A text isn't, whatever it says.
+    """
+    is_text = type(value) is not float and issubclass(type(value), (str, bytes, bytearray))
+    try:
+        if not is_text:
+            return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{name}: expected a number, got {type(value).__qualname__}")
+
+
+def integer(name: str, value: Any) -> int:
+    """The value as an int. A compiler's symbol stays one.
+
+    Raises
+    ------
+    TypeError
+        for what isn't one integer.
+    ValueError
+        for an integer that 64 bits can't hold.
+    """
+    if type(value) is int or hasattr(value, "__index__"):
+        if frameworks.is_read_by_dynamo() or isinstance(value, getattr(sys.modules.get("torch"), "SymInt", ())):
+            return value  # type: ignore[no-any-return]
+        with suppress(TypeError):
+            result = operator.index(value)
+            num_bits = result.bit_length() + 1  # the sign's with it
+            if num_bits > 64:
+                raise ValueError(f"{name}: expected an integer of 64 bits, got one of {num_bits}")
+            return result
+    raise TypeError(f"{name}: expected an integer, got {type(value).__qualname__}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value as a bool.
+
+    Raises
+    ------
+    TypeError
+        for what isn't true or false, as an array of several values.
+    """
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__qualname__}") from None
