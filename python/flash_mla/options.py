@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from contextlib import suppress
 from typing import Any
 
 from . import frameworks
@@ -25,7 +24,7 @@ def number(name: str, value: Any) -> float:
             return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         pass
     raise TypeError(f"{name}: expected a number, got {type(value).__qualname__}")
 
@@ -40,16 +39,18 @@ def integer(name: str, value: Any) -> int:
     ValueError
         for an integer that 64 bits can't hold.
     """
-    if type(value) is int or hasattr(value, "__index__"):
-        if frameworks.is_read_by_dynamo() or isinstance(value, getattr(sys.modules.get("torch"), "SymInt", ())):
-            return value  # type: ignore[no-any-return]
-        with suppress(TypeError):
-            result = operator.index(value)
-            num_bits = result.bit_length() + 1  # the sign's with it
-            if num_bits > 64:
-                raise ValueError(f"{name}: expected an integer of 64 bits, got one of {num_bits}")
-            return result
-    raise TypeError(f"{name}: expected an integer, got {type(value).__qualname__}")
+    if frameworks.is_read_by_dynamo() and (type(value) is int or hasattr(value, "__index__")):
+        return value  # type: ignore[no-any-return]
+    if type(value) is not int:
+        if isinstance(value, getattr(sys.modules.get("torch"), "SymInt", ())):
+            return value
+        try:
+            value = operator.index(value)
+        except (TypeError, RuntimeError):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__qualname__}") from None
+    if -(2**63) <= value < 2**63:
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"{name}: expected an integer of 64 bits, got one of {value.bit_length() + 1}")
 
 
 def flag(name: str, value: Any) -> bool:

@@ -16,7 +16,8 @@ class FlashMLASchedMeta:
 
     A plan follows from ``cache_seqlens``: make a new one, with ``get_mla_metadata()``, whenever the lengths change.
     In a function that jax.jit compiles, one that is still empty stays so, as what it would hold ends with the function:
-    each call there plans by itself.
+    each call there plans by itself. What PyTorch traces with fake tensors (torch.export without ``strict``) leaves them
+    in it: make it inside such a function, not outside.
 
     Attributes
     ----------

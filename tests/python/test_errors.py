@@ -294,6 +294,7 @@ def test_leaves_a_sched_meta_empty_after_an_error(call: dict[str, Any]) -> None:
         ({"num_q_tokens_per_head_k": 1.5}, TypeError, "^num_q_tokens_per_head_k: expected an integer, got float"),
         ({"num_q_tokens_per_head_k": np.array([16])}, TypeError, "^num_q_tokens_per_head_k: .*integer, got ndarray"),
         ({"num_heads_k": 2**63}, ValueError, "^num_heads_k: expected an integer of 64 bits, got one of 65"),
+        ({"num_heads_k": -(2**63)}, ValueError, "^num_heads_k: expected at least 1"),
         ({"num_heads_per_head_k": 16}, TypeError, "^num_heads_per_head_k: .*got both"),
         ({"cache_seqlens": [1, 2]}, TypeError, "^cache_seqlens: expected an array"),
         ({"cache_seqlens": np.zeros((2, 2), np.int32)}, ValueError, "^cache_seqlens: expected shape"),

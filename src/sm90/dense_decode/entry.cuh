@@ -21,9 +21,9 @@ namespace flash_mla::sm90 {
 ///
 /// Kernel has Traits, Storage and functions: init_shared, by consumer threads, thread 0 with a fence_mbarrier_init();
 /// init_query, load_first_query and drop_query, by a thread of the query warp, and drop_known_query; consume, by the
-/// consumer warpgroups; produce, by the warps of the warpgroup behind them, numbered from its first one; score, by the
-/// warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and, where Q is not loaded first,
-/// drop_first_block, by a thread of the first of these.
+/// consumer warpgroups; produce, by the warps of the warpgroup behind them but the last, numbered from its first one;
+/// score, by the warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and, where Q is not loaded
+/// first, drop_first_block, by a thread of the first of these.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
