@@ -43,7 +43,7 @@ def integer(name: str, value: Any) -> int:
         return value  # type: ignore[no-any-return]
     if type(value) is not int:
         if isinstance(value, getattr(sys.modules.get("torch"), "SymInt", ())):
-            return value
+            return value  # type: ignore[return-value]
         try:
             value = operator.index(value)
         except (TypeError, RuntimeError):
