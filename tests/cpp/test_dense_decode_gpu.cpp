@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -64,13 +66,15 @@ struct Extents {
   int page_size;
   bool causal;
   int max_tokens = kMaxTokens;  // that the block table has room for: longer requests are cut
+  int num_parts = 0;            // of a plan that is given; 0: none is
 };
 
 std::string name_of(const testing::TestParamInfo<Extents>& info) {
   const Extents& e = info.param;
   return std::to_string(e.num_heads_q) + "_heads_" + std::to_string(e.seqlen_q) + "_queries_pages_of_" +
          std::to_string(e.page_size) + (e.causal ? "_causal" : "") +
-         (e.max_tokens < kMaxTokens ? "_up_to_" + std::to_string(e.max_tokens) : "");
+         (e.max_tokens < kMaxTokens ? "_up_to_" + std::to_string(e.max_tokens) : "") +
+         (e.num_parts > 0 ? "_in_" + std::to_string(e.num_parts) + "_parts" : "");
 }
 
 struct HostCase {
@@ -132,11 +136,28 @@ struct DeviceCase {
   DenseDecodeArguments args;
 };
 
+/// A plan for a case's first requests on the GPU, with its arrays in the arguments.
+struct GivenPlan {
+  GivenPlan(DenseDecodeArguments& args, std::int64_t num_parts)
+      : metadata(std::vector<std::int32_t>(num_parts * kTileSchedulerMetadataSize, -1)),
+        num_splits(std::vector<std::int32_t>(args.cache_seqlens.shape[0] + 1)) {
+    args.tile_scheduler_metadata =
+        make_tensor(metadata.data(), DType::kInt32, kGpu, num_parts, kTileSchedulerMetadataSize);
+    args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, args.cache_seqlens.shape[0] + 1);
+    plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, nullptr);
+    cudaDeviceSynchronize();
+  }
+
+  OnDevice<std::int32_t> metadata, num_splits;
+};
+
 class DenseDecodeGpuGrid : public DenseDecodeGpu, public testing::WithParamInterface<Extents> {};
 
 TEST_P(DenseDecodeGpuGrid, AgreesWithTheCpu) {
   HostCase host(GetParam());
-  const DeviceCase device(host);
+  DeviceCase device(host);
+  std::optional<GivenPlan> plan;
+  if (GetParam().num_parts > 0) plan.emplace(device.args, GetParam().num_parts);
   const std::size_t size = dense_decode_workspace_size(device.args);
   EXPECT_LE(size, dense_decode_max_workspace_size(device.args));
   const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
@@ -172,6 +193,14 @@ INSTANTIATE_TEST_SUITE_P(ShortExtents, DenseDecodeGpuGrid,
                          testing::Values(Extents{16, 1, 64, false, 1024}, Extents{9, 9, 64, true, 960},
                                          Extents{20, 2, 16, true, 512}, Extents{63, 1, 128, false, 256},
                                          Extents{128, 1, 64, false, 128}),
+                         name_of);
+
+// Where the longest request has two pieces, of which the second comes early: its part goes on.
+INSTANTIATE_TEST_SUITE_P(PlannedExtents, DenseDecodeGpuGrid,
+                         testing::Values(Extents{16, 1, 64, false, kMaxTokens, 2},
+                                         Extents{9, 3, 16, true, kMaxTokens, 2},
+                                         Extents{40, 1, 64, false, kMaxTokens, 3},
+                                         Extents{128, 1, 64, false, kMaxTokens, 2}),
                          name_of);
 
 TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
@@ -216,7 +245,8 @@ TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
   };
   for (const Case& c :
        {Case{16, batch_of_all, 0, false}, Case{32, batch_of_all, 0, false}, Case{128, batch_of_all, 0, false},
-        Case{16, 1, 0, false}, Case{32, 1, 0, false}, Case{128, 1, 0, false}, Case{16, batch_of_all, kManyParts, false},
+        Case{16, 1, 0, false}, Case{32, 1, 0, false}, Case{128, 1, 0, false}, Case{16, batch_of_all, 2, false},
+        Case{32, batch_of_all, 3, false}, Case{128, batch_of_all, 2, false}, Case{16, batch_of_all, kManyParts, false},
         Case{128, batch_of_all, kManyParts, false}, Case{16, batch_of_all, 0, true},
         Case{128, batch_of_all, 0, true}}) {
     SCOPED_TRACE(std::to_string(c.num_heads_q) + " heads, batch " + std::to_string(c.batch) + ", " +
@@ -230,14 +260,8 @@ TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
     }
     const std::int64_t planned_parts =
         c.num_parts > 0 ? c.num_parts : dense_decode_num_sm_parts(c.num_heads_q, 1, kGpu);
-    const OnDevice<std::int32_t> planned(std::vector<std::int32_t>(planned_parts * kTileSchedulerMetadataSize));
-    const OnDevice<std::int32_t> num_splits(std::vector<std::int32_t>(c.batch + 1));
-    args.tile_scheduler_metadata =
-        make_tensor(planned.data(), DType::kInt32, kGpu, planned_parts, kTileSchedulerMetadataSize);
-    args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, c.batch + 1);
-    plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, nullptr);
-    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    std::vector<std::int32_t> rows_of_plan = planned.to_host();
+    const GivenPlan plan(args, planned_parts);
+    std::vector<std::int32_t> rows_of_plan = plan.metadata.to_host();
     for (std::int64_t part = 2; c.is_broken && part < planned_parts; part += 3) {
       std::int32_t* const row = &rows_of_plan[part * kTileSchedulerMetadataSize];
       if (row[1] > 0) ++row[5];  // begins within a request; which part begins that
@@ -379,17 +403,26 @@ TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
   int num_sms = 0;
   ASSERT_EQ(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), cudaSuccess);
   // Up to 1600 tokens and alone, 16 heads have slices of one unit of the tile and of two, whose pieces are added in
-  // different ways: a CTA that merges all slices does both in turn.
-  for (const auto& [num_heads_q, max_tokens] :
-       {std::pair{16, kMaxTokens}, {16, 1600}, {32, kMaxTokens}, {128, kMaxTokens}}) {
+  // different ways: a CTA that merges all slices does both in turn. With two parts the longest request is merged by the
+  // CTA that begins it, which keeps its piece if the other one runs.
+  for (const auto& [num_heads_q, max_tokens, num_parts] : {std::tuple{16, kMaxTokens, 0},
+                                                           {16, 1600, 0},
+                                                           {32, kMaxTokens, 0},
+                                                           {128, kMaxTokens, 0},
+                                                           {16, kMaxTokens, 2},
+                                                           {32, kMaxTokens, 3},
+                                                           {128, kMaxTokens, 2}}) {
     for (const int batch : {1, static_cast<int>(kSeqlens.size())}) {
-      SCOPED_TRACE(std::to_string(num_heads_q) + " heads, batch " + std::to_string(batch));
-      const HostCase host(Extents{num_heads_q, 1, 64, false, max_tokens});
+      const Extents extents{num_heads_q, 1, 64, false, max_tokens, num_parts};
+      SCOPED_TRACE(name_of({extents, 0}) + ", batch " + std::to_string(batch));
+      const HostCase host(extents);
       DeviceCase device(host);
       for (Tensor* tensor :
            {&device.args.q, &device.args.block_table, &device.args.cache_seqlens, &device.args.out, &device.args.lse}) {
         tensor->shape[0] = batch;
       }
+      std::optional<GivenPlan> plan;
+      if (num_parts > 0) plan.emplace(device.args, num_parts);
       const std::size_t size = dense_decode_workspace_size(device.args);
       const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
       cudaStream_t stream = nullptr;

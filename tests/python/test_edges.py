@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from cases import HEAD_DIM_QK, HEAD_DIM_V, LAYOUTS, Spec, make_case, varied_lengths
-from checks import Guarded, check, decode, same_bits
+from checks import Guarded, check, decode, plan, same_bits
 from flash_mla import get_mla_metadata
 from oracle import assert_close, decode_reference
 
@@ -224,6 +224,24 @@ def test_many_requests(torch: Any, num_heads_q: int, page_size: int, seqlen_q: i
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 32, 64, 128])
+@pytest.mark.parametrize(("batch_size", "mean"), [(50, 700), (100, 700), (140, 400), (300, 200)])
+def test_same_bits_whoever_plans(torch: Any, num_heads_q: int, batch_size: int, mean: int) -> None:
+    """Many requests in two pieces, which one CTA merges where the plan is given, and two else."""
+    case = make_case(Spec(varied_lengths(batch_size, mean, seed=3), num_heads_q=num_heads_q), "cuda")
+    results = decode(case, **plan(case))
+    assert_close(*results, *decode_reference(case), "planned before")
+    assert all(same_bits(a, b) for a, b in zip(decode(case), results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads_q", [16, 64])
+def test_long_request_among_short_ones(torch: Any, num_heads_q: int) -> None:
+    """Where it ends, a CTA merges its slice of that one's many pieces, and both pieces of the next."""
+    check(make_case(Spec((600,) * 70 + (65536,) + (600,) * 70, num_heads_q=num_heads_q), "cuda"))
+
+
+@pytest.mark.gpu
 def test_same_bits_over_many_calls(torch: Any) -> None:
     case = make_case(Spec(varied_lengths(32, 3000, seed=2), num_heads_q=128), "cuda")
     first = decode(case)
@@ -289,9 +307,9 @@ def test_garbage_plan_does_no_harm(torch: Any, low: int, seed: int) -> None:
     torch.manual_seed(seed)
     garbage = torch.randint(low, 2**31 if low < -3 else 8, metadata.shape, dtype=torch.int64, device="cuda")
     mixed = torch.where(torch.rand(metadata.shape, device="cuda") < 0.5, garbage.int(), metadata)
-    for plan in (garbage.int(), mixed, torch.zeros_like(metadata)):
+    for rows in (garbage.int(), mixed, torch.zeros_like(metadata)):
         out, lse = Guarded.like_out(case, padded=False), Guarded.like_lse(case, padded=False)
-        decode(case, tile_scheduler_metadata=plan, num_splits=num_splits, out=out.view, lse=lse.view)
+        decode(case, tile_scheduler_metadata=rows, num_splits=num_splits, out=out.view, lse=lse.view)
         torch.cuda.synchronize()
         out.check("garbage plan")
         lse.check("garbage plan")

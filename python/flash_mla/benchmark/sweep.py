@@ -1,11 +1,11 @@
-"""How the cost of a call grows: one short hot burst for each point of a few planes of (context, batch, heads, s_q)."""
+"""How the cost of a call grows: short hot bursts for each point of a few planes of (context, batch, heads, s_q)."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import __version__
@@ -128,7 +128,7 @@ def _measure(shape: Shape, memory: Memory, plan: Plan, ceilings: Ceilings) -> di
     pool.poison_results()
     call(0)
     oracle.check(pool, 0, pool.out, pool.lse, pool.some_requests(1))
-    hot = time_hot({GIVEN: Timed(call, pool.rotations)}, replace(plan, bursts=1))[GIVEN]
+    hot = time_hot({GIVEN: Timed(call, pool.rotations)}, plan)[GIVEN]
     rates = hot_rates(shape, hot.microseconds, ceilings)
     return {
         "batch_size": shape.batch_size,

@@ -56,8 +56,10 @@ class Combine {
         rows_known_(ptx::shared_address(&barriers.rows_known)),
         share_loaded_(ptx::shared_address(&barriers.share_loaded)) {}
 
-  /// `is_last`: of the slices of this request that the CTA merges, after which it looks at no flag any more.
-  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, bool is_last, std::uint64_t& seen) {
+  /// `is_last`: of the slices of this request that the CTA merges, after which it looks at no flag any more. `keeps`:
+  /// the first of two pieces is in shared memory, and the other is fetched by another warp.
+  __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, bool is_last, std::uint64_t& seen,
+                                      bool keeps) {
     const Slice slice = Slice::of_tile(Slot::kNumUnits, slice_idx, split.num_slices);
     const int n = split.num_pieces;
     memory_.lay_out(n, slice.count);
@@ -65,9 +67,9 @@ class Combine {
     ptx::fence_proxy_async();
     sync();  // shared memory is free
     if (slice.count == 1 && n >= Sums::kMinPiecesInShares) {
-      merge<true>(split, Slice{slice.first, 1}, is_last, seen);
+      merge<true>(split, Slice{slice.first, 1}, is_last, seen, false);
     } else {
-      merge<false>(split, slice, is_last, seen);
+      merge<false>(split, slice, is_last, seen, keeps);
     }
   }
 
@@ -82,24 +84,27 @@ class Combine {
   /// itself, and a weighing warp the one before. A slice whose size is known has code of its own, which is shorter.
   template <bool kInShares>
   __device__ __forceinline__ void merge(const SplitRequest& split, const Slice& slice, bool is_last,
-                                        std::uint64_t& seen) {
+                                        std::uint64_t& seen, bool keeps) {
     int n = split.num_pieces;
     ptx::launder(n);  // what is computed from it, is here, and takes no registers before
     const int num_rows = slice.count * Slot::kRowsOfUnit;
     const int share = warp() % kLoadingWarps * 2 + warp() / kWeighingWarps;
     if (warp() < kWeighingWarps) {
-      gather(split, slice, num_rows);
+      gather(split, slice, num_rows, keeps);
       weigh(num_rows, n);
       ptx::mbarrier_arrive(rows_known_);
     } else {
       if (warp() == kWeighingWarps && lane() < MergeBarriers::kNumShares) {
         const int of_share = Sums::begin_of_share(lane() + 1, n) - Sums::begin_of_share(lane(), n);
         const int pieces = kInShares ? of_share : lane() == 0 ? n : 0;
-        ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * slice.count * Slot::kUnitBytes);
+        const bool is_fetched = keeps && lane() == 0;
+        if (!is_fetched) {
+          ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * slice.count * Slot::kUnitBytes);
+        }
       }
       place_rows(split.request, slice, num_rows);
       ptx::mbarrier_arrive(rows_known_);
-      load<kInShares>(split, slice, n, share);
+      if (!keeps) load<kInShares>(split, slice, n, share);
       if (is_last) arrive_of_warp(seen);
     }
     ptx::mbarrier_wait(rows_known_, phase_);
@@ -171,12 +176,14 @@ class Combine {
     __syncwarp();
   }
 
-  /// Brings the totals of the slice's rows, as they come, into shared memory. By the threads that weigh.
-  __device__ __forceinline__ void gather(const SplitRequest& split, const Slice& slice, int num_rows) {
+  /// Brings the totals of the slice's rows, as they come, into shared memory, where those of a piece that is kept may
+  /// be already. By the threads that weigh.
+  __device__ __forceinline__ void gather(const SplitRequest& split, const Slice& slice, int num_rows, bool keeps) {
     const int n = split.num_pieces;
     const int tile = tile_.index(params_.tiling, head_k_);
+    const int num_kept = Traits::kKeepsTotals && keeps ? num_rows : 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n * num_rows; i += 32 * kWeighingWarps) {
+    for (int i = num_kept + threadIdx.x; i < n * num_rows; i += 32 * kWeighingWarps) {
       const int piece = i / num_rows;
       const int row = i % num_rows;
       const Slot slot(params_, split.slot(piece), tile);
@@ -258,6 +265,31 @@ class Combine {
   std::uint32_t phase_ = 0;  // of the others
 };
 
+/// Where the part keeps a piece, brings the other one behind it, as soon as consumers leave the memory. By one warp.
+template <class Traits, class Storage>
+__device__ __forceinline__ void fetch_rest(const DenseDecodeParams& params, const TileFlags& flags, Storage& shared,
+                                           int tile) {
+  constexpr int kCopies = 4;
+  constexpr int kNanosecondsBetweenLooks = 500;
+  constexpr int kBytes = SlotTile<Traits>::kNumUnits * SlotTile<Traits>::kUnitBytes;
+  if (threadIdx.x % 32 == 0 && shared.plan.keeps_piece != 0) {
+    const int slot = shared.plan.splits[1].slot(1);
+    while (!flags.is_up(flags.written(slot))) __nanosleep(kNanosecondsBetweenLooks);
+    ptx::load_acquire(flags.written(slot));
+    ptx::fence_proxy_async_global();
+    ptx::mbarrier_wait(ptx::shared_address(&shared.plan.memory_free), 0);
+    const std::uint32_t loaded = ptx::shared_address(&shared.merge_barriers.share_loaded[0]);
+    ptx::mbarrier_arrive_expect(loaded, kBytes);
+    const unsigned char* from = SlotTile<Traits>(params, slot, tile).values(0);
+    std::uint32_t to = ptx::shared_address(&shared) + kBytes;
+#pragma unroll 1
+    for (int i = 0; i < kCopies; ++i, from += kBytes / kCopies, to += kBytes / kCopies) {
+      ptx::bulk_load(to, from, kBytes / kCopies, loaded);
+    }
+  }
+  __syncwarp();
+}
+
 /// Merges the part's slices of split requests, which a warp has found meanwhile. By all consumer threads, when the
 /// part's pieces are done.
 template <class Traits, class Storage>
@@ -267,14 +299,15 @@ __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, St
                           shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 1; i >= 0; --i) {  // the second first: its piece may be kept in memory that merging uses
     const SplitRequest split = shared.plan.splits[i];
     if (split.num_pieces == 0) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.plan.slices_known[i]), 0);
     const SliceRange slices = shared.plan.slices[i];
 #pragma unroll 1
     for (int slice = slices.begin; slice < slices.end; ++slice) {
-      combine.run(split, slice, slice == slices.end - 1, shared.merge_barriers.seen[i]);
+      combine.run(split, slice, slice == slices.end - 1, shared.merge_barriers.seen[i],
+                  i == 1 && shared.plan.keeps_piece != 0);
     }
   }
 }

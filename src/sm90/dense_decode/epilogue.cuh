@@ -7,6 +7,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
+#include "sm90/dense_decode/slice_memory.cuh"
 #include "sm90/dense_decode/slot.cuh"
 #include "sm90/dense_decode/traits.cuh"
 #include "sm90/primitives/fragment.cuh"
@@ -107,6 +108,9 @@ class PartialEpilogue {
   __device__ PartialEpilogue(const DenseDecodeParams& params, const Piece& piece, int tile, int warpgroup)
       : params_(params), piece_(piece), tile_(tile), warpgroup_(warpgroup) {}
 
+  /// The piece stays in this memory, which is shared, where merging reads it. Before anything is written.
+  __device__ __forceinline__ void keep(unsigned char* memory) { kept_ = memory; }
+
   __device__ __forceinline__ void write_first_half(const float (&o)[64]) {
     float largest[kRowsPerThread];
     find_largest(o, largest);
@@ -133,7 +137,13 @@ class PartialEpilogue {
 #pragma unroll
       for (int r = 0; r < kRowsPerThread; ++r) {
         const Total total{row_max[r], row_sum[r], scale_[r].scale()};
-        total.announce(slot.totals(unit(row, r)) + row % Traits::kRowsOfUnit, params_.token);
+        const int at = unit(row, r) * Traits::kRowsOfUnit + row % Traits::kRowsOfUnit;
+        if (kept_ != nullptr) {
+          SliceMemory<Traits>::of_two_pieces(kept_).totals[2 * at] =
+              make_float4(total.max, total.sum, total.scale, 0.0F);
+        } else {
+          total.announce(slot.totals(0) + at, params_.token);
+        }
       }
     }
     __syncwarp();
@@ -163,7 +173,9 @@ class PartialEpilogue {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       // The threads of two rows in turn.
-      auto* const to = reinterpret_cast<uint4*>(slot.values(unit(row, r))) + half * 32 + threadIdx.x % 8;
+      unsigned char* const values =
+          kept_ != nullptr ? kept_ + unit(row, r) * slot.kUnitBytes : slot.values(unit(row, r));
+      auto* const to = reinterpret_cast<uint4*>(values) + half * 32 + threadIdx.x % 8;
 #pragma unroll
       for (int i = 0; i < 64; i += 16) {
         std::uint32_t packed[4];
@@ -181,6 +193,7 @@ class PartialEpilogue {
   const Piece& piece_;
   const int tile_;
   const int warpgroup_;
+  unsigned char* kept_ = nullptr;
   RowScale scale_[kRowsPerThread] = {RowScale(0.0F), RowScale(0.0F)};
 };
 

@@ -122,9 +122,15 @@ struct DenseDecodeKernel {
         PartialEpilogue<Traits> epilogue(params, piece, tile.index(params.tiling, head_k), warpgroup);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         const bool is_read = shared.plan.is_read(piece.slot);
+        const bool is_kept = shared.plan.is_kept(piece.slot);
         consumer.finish_first_half(has_blocks);
-        if (is_read) epilogue.write_first_half(consumer.o[0]);
+        if (is_read && !is_kept) epilogue.write_first_half(consumer.o[0]);
         consumer.finish(has_blocks);
+        if (is_kept) {
+          shared.plan.free_memory();
+          epilogue.keep(reinterpret_cast<unsigned char*>(&shared));
+          epilogue.write_first_half(consumer.o[0]);
+        }
         if (is_read) epilogue.write_rest(consumer.o, consumer.row_max, consumer.row_sum);
         ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       }

@@ -15,7 +15,8 @@
 namespace flash_mla::sm90 {
 
 /// A request whose pieces lie in consecutive parts. Each of these parts merges a slice of it, and so do parts without
-/// work behind them where the request is alone and slices would be large.
+/// work behind them where the request is alone and slices would be large. But where there are two pieces, and the
+/// second is not the last of its part and so is there early, the first part merges all: its CTA can keep its own piece.
 struct SplitRequest {
   int request;
   int first_part;
@@ -23,6 +24,9 @@ struct SplitRequest {
   int num_slices;
 
   __device__ bool has_piece(int part) const { return part - first_part < num_pieces; }
+  __device__ bool first_merges_all() const { return num_slices < num_pieces; }
+  /// Parts that have a piece, or a slice to merge.
+  __device__ int num_members() const { return max(num_pieces, num_slices); }
   __device__ int slot(int piece) const { return 2 * (first_part + piece) + (piece == 0 ? 1 : 0); }
 };
 
@@ -71,12 +75,29 @@ struct PartPlan {
   std::uint64_t piece_written[2];
   SliceRange slices[2];
   std::uint64_t slices_known[2];  // for one arrival
+  /// Whether the piece of the request that the part begins stays in shared memory, as this CTA merges all of it.
+  int keeps_piece;
+  std::uint64_t keeping_known;  // for one arrival
+  std::uint64_t memory_free;    // for one by each consumer thread: the piece can go where Q and KV were
 
   /// Whether the piece that goes to a slot is read by somebody. Known once splits are ready. One that nobody reads must
   /// not be announced: what stays up would tell a replayed graph that the piece is there.
   __device__ bool is_read(int slot) const {
     const SplitRequest& split = splits[slot % 2];
     return split.num_pieces > 0 && split.has_piece(slot / 2);
+  }
+  /// Whether the piece of a slot is kept. Waits until that is known; once splits are ready.
+  __device__ bool is_kept(int slot) {
+    if (slot % 2 == 0 || !splits[1].first_merges_all()) return false;
+    ptx::mbarrier_wait(ptx::shared_address(&keeping_known), 0);
+    return keeps_piece != 0;
+  }
+  /// Waits until no consumer needs the memory of Q and KV any more, behind the part's last piece. By all of them.
+  __device__ void free_memory() {
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(ptx::shared_address(&memory_free));
+    ptx::mbarrier_wait(ptx::shared_address(&memory_free), 0);
+    __syncwarp();
   }
 };
 
@@ -85,6 +106,9 @@ __device__ __forceinline__ void init_plan(PartPlan& plan, int num_consumer_threa
   ptx::mbarrier_init(ptx::shared_address(&plan.splits_ready), 1);
   for (auto& barrier : plan.piece_written) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads);
   for (auto& barrier : plan.slices_known) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
+  ptx::mbarrier_init(ptx::shared_address(&plan.keeping_known), 1);
+  ptx::mbarrier_init(ptx::shared_address(&plan.memory_free), num_consumer_threads);
+  plan.keeps_piece = 0;
 }
 
 __device__ __forceinline__ bool begins_a_split(const scheduler::Part& part) {
@@ -184,18 +208,21 @@ __device__ inline SplitRequest find_split(const DenseDecodeParams& params, const
     if (part.begin_request > part.end_request || !(i == 0 ? continues : begins_a_split(part))) return {};
   }
   const scheduler::Part first = params.parts[first_part];
-  const SplitRequest split{first.end_request, first_part, first.num_pieces,
-                           is_alone ? num_slices_of_lone(params, first.num_pieces) : first.num_pieces};
+  SplitRequest split{first.end_request, first_part, first.num_pieces,
+                     is_alone ? num_slices_of_lone(params, first.num_pieces) : first.num_pieces};
   bool is_good =
       split.request >= 0 && split.request < params.batch_size && split.num_pieces > 1 &&
-      part_idx - first_part < split.num_slices && split.num_pieces <= params.num_parts - first_part &&
+      part_idx - first_part < split.num_members() && split.num_pieces <= params.num_parts - first_part &&
       first.end_block != scheduler::kToEnd &&
       (first.begin_request < split.request || (first.begin_request == split.request && first.begin_block == 0));
+  bool goes_on = false;
   for (int piece = 1 + threadIdx.x % 32; is_good && piece < split.num_pieces; piece += 32) {
     const scheduler::Part other = params.parts[first_part + piece];
     is_good = other.begin_request == split.request && other.end_request >= split.request && other.begin_block > 0 &&
               other.first_part == first_part;
+    goes_on = other.end_request > split.request;
   }
+  if (__any_sync(~0U, goes_on) && split.num_slices == 2) split.num_slices = 1;
   return __all_sync(~0U, is_good) ? split : SplitRequest{};
 }
 

@@ -31,12 +31,14 @@ class Scorer {
 
   /// P of a piece's blocks, of which there is at least one, then its rows' maxima and sums.
   __device__ __forceinline__ void run(const Piece& piece) {
-    const int first_masked_block = max(shared_.rows[0].limit(params_, piece.seqlen_k), 0) / Traits::kBlockN;
+    // By a shuffle, which tells ptxas that it is the same for a warp: it then needs no register of each thread.
+    const int first_masked_block =
+        __shfl_sync(~0U, max(shared_.rows[0].limit(params_, piece.seqlen_k), 0) / Traits::kBlockN, 0);
     take_query();
     row_max_[0] = row_max_[1] = kNoScaledMax;
     row_sum_[0] = row_sum_[1] = 0.0F;
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
-    q_phase_ ^= 1;
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), piece_);
+    piece_ ^= 1;
     bool has_rope = false;  // of the block, seen while the one before was scored
 #pragma unroll 1
     for (int block = piece.begin_block; block < piece.end_block; ++block) {
@@ -193,7 +195,6 @@ class Scorer {
       store_p(slot, sum);
       if (looks || !__any_sync(~0U, sum[0] > kMaxLazySum || sum[1] > kMaxLazySum)) break;
     }
-    qk_phase_ ^= 1;
     row_sum_[0] += sum[0];
     row_sum_[1] += sum[1];
     if (threadIdx.x % 4 == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared_.rescale_full[slot]));
@@ -226,7 +227,7 @@ class Scorer {
         p[i] = ptx::exp2_approx(fmaf(s_[16 * group + i], params_.softmax_scale_log2, -row_max_[row_of(i)]));
       }
       if (group == 0) {
-        ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_done), qk_phase_);  // all have read RoPE
+        ptx::mbarrier_wait(ptx::shared_address(&shared_.qk_done), block_before());  // all have read RoPE
         __syncwarp();
       }
 #pragma unroll
@@ -248,8 +249,7 @@ class Scorer {
 
   /// Maxima and sums of the piece, which the consumers find when they have its last P.
   __device__ __forceinline__ void give_rows() {
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_taken), rows_phase_ ^ 1);
-    rows_phase_ ^= 1;
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.rows_taken), piece_);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const float sum = row_reduce_sum(row_sum_[r]);
@@ -260,14 +260,18 @@ class Scorer {
     }
   }
 
+  /// The parity of the number of the block before that which the rings are at: a turn of RoPE's is odd.
+  __device__ __forceinline__ std::uint32_t block_before() const {
+    static_assert(Traits::kRopeSlots % 2 == 1);
+    return (rope_.phase ^ static_cast<std::uint32_t>(rope_.slot) ^ 1) & 1;
+  }
+
   static constexpr int kSteps = Traits::kRowBytes / Traits::kStepBytes;  // of a chunk
 
   const DenseDecodeParams& params_;
   const int num_rows_;
   SharedStorage<Traits>& shared_;
-  std::uint32_t q_phase_ = 0;
-  std::uint32_t qk_phase_ = 0;
-  std::uint32_t rows_phase_ = 0;
+  std::uint32_t piece_ = 0;                // the parity of how many have begun
   RingPosition<Traits::kPairSlots> pair_;  // of the block until its QK is issued, then of the next one
   RingPosition<Traits::kRopeSlots> rope_;  // the same
 

@@ -45,6 +45,13 @@ struct SliceMemory {
   /// `shared`: kMinBytes, aligned to 16 bytes.
   __device__ explicit SliceMemory(unsigned char* shared) : values(shared) {}
 
+  /// For two pieces, all units a slice.
+  __device__ __forceinline__ static SliceMemory of_two_pieces(unsigned char* shared) {
+    SliceMemory memory(shared);
+    memory.lay_out(2, Slot::kNumUnits);
+    return memory;
+  }
+
   __device__ __forceinline__ void lay_out(int num_pieces, int num_units) {
     const int num_rows = num_units * Slot::kRowsOfUnit;
     totals = reinterpret_cast<float4*>(values + num_pieces * num_units * Slot::kUnitBytes);
@@ -54,7 +61,8 @@ struct SliceMemory {
 
  private:
   static constexpr int bytes(int num_pieces) {
-    const int units = (Slot::kNumUnits + num_pieces - 1) / num_pieces;
+    // Of two pieces one CTA may merge all: SplitRequest::first_merges_all.
+    const int units = num_pieces == 2 ? Slot::kNumUnits : (Slot::kNumUnits + num_pieces - 1) / num_pieces;
     const int rows = units * Slot::kRowsOfUnit;
     return num_pieces * (units * Slot::kUnitBytes + rows * static_cast<int>(sizeof(float4))) +
            rows * static_cast<int>(sizeof(Result) + weights_of_row(num_pieces) * sizeof(float));

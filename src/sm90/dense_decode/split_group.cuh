@@ -64,7 +64,7 @@ __device__ inline bool merge_together(const TileFlags& flags, PartPlan& plan, in
     std::uint64_t word = ptx::load_relaxed(decision);
     bool have_begun = true;
 #pragma unroll 1
-    for (int k = lane; k < split.num_slices; k += 32) {
+    for (int k = lane; k < split.num_members(); k += 32) {
       have_begun &= flags.is_up(flags.begun(split.first_part + k));
     }
     __syncwarp();
@@ -78,8 +78,9 @@ __device__ inline bool merge_together(const TileFlags& flags, PartPlan& plan, in
       word = before == word ? own : before;
     }
     if (flags.is_decided(word)) return (word & TileFlags::kStateMask) == TileFlags::kTogether;
-    const bool is_done =
-        !split.has_piece(part_idx) || ptx::mbarrier_test(ptx::shared_address(&plan.piece_written[i]), 0);
+    // Who may keep its piece waits for the decision before it writes it.
+    const bool is_done = !split.has_piece(part_idx) || (i == 1 && split.first_merges_all()) ||
+                         ptx::mbarrier_test(ptx::shared_address(&plan.piece_written[i]), 0);
     patience -= static_cast<int>(__any_sync(~0U, is_done));  // the same for all lanes
   }
 }
@@ -97,18 +98,23 @@ __device__ inline void share_splits(const DenseDecodeParams& params, const TileF
     const bool is_together = merge_together(flags, plan, part_idx, i);
     if (lane == 0) {
       const int own = part_idx - split.first_part;
+      const bool keeps = is_together && i == 1 && split.first_merges_all();
+      if (i == 1) {
+        plan.keeps_piece = static_cast<int>(keeps);
+        ptx::mbarrier_arrive(ptx::shared_address(&plan.keeping_known));
+      }
       if (is_together) {
-        plan.slices[i] = {own, own + 1};
+        plan.slices[i] = {own, min(own + 1, split.num_slices)};
         ptx::mbarrier_arrive(ptx::shared_address(&plan.slices_known[i]));
       }
-      if (split.has_piece(part_idx)) {
+      if (split.has_piece(part_idx) && !keeps) {
         ptx::mbarrier_wait(ptx::shared_address(&plan.piece_written[i]), 0);
         if (own == 0) *flags.readers(part_idx) = 0;
         ptx::store_release(flags.written(split.slot(own)), params.token);
       }
       if (!is_together) {
         const std::uint64_t done = ptx::atomic_add(flags.decision(split.first_part), 1) & TileFlags::kStateMask;
-        plan.slices[i] = {0, static_cast<int>(done) + 1 == split.num_slices ? split.num_slices : 0};
+        plan.slices[i] = {0, static_cast<int>(done) + 1 == split.num_members() ? split.num_slices : 0};
         ptx::mbarrier_arrive(ptx::shared_address(&plan.slices_known[i]));
       }
     }

@@ -76,6 +76,8 @@ struct DenseDecodeTraits : TileTraits<Element> {
   /// A unit of a piece in the workspace, and the row and the column, of a consumer's, of its value i. Eight in a row
   /// are one thread's, and 64 those of two rows' threads, so that a warp writes whole lines.
   using UnitValue = __half;
+  /// Whether consumers know the totals of rows, and leave those of a piece that is kept in shared memory.
+  static constexpr bool kKeepsTotals = true;
   static constexpr int kRowsOfUnit = 2;
   __device__ static constexpr int unit_row(int i) { return i / 32 % 2; }
   __device__ static constexpr int unit_column(int i) { return i / 64 * 32 + i / 2 % 4 * 8 + i / 8 % 4 * 2 + i % 2; }

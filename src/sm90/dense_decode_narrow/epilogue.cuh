@@ -97,6 +97,9 @@ class NarrowEpilogue {
     }
   }
 
+  /// The piece stays in this memory, which is shared, where merging reads it. Before write_partial.
+  __device__ __forceinline__ void keep(unsigned char* memory) { kept_ = memory; }
+
   /// Half `half` of the consumer's columns. `tile` counts those of all KV heads.
   __device__ __forceinline__ void write_partial(const Consumer& consumer, const Piece& piece, int tile,
                                                 int half) const {
@@ -106,8 +109,9 @@ class NarrowEpilogue {
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
       const int i = k / 2 * 4 + k % 2;
-      auto* const to =
-          reinterpret_cast<float4*>(slot.values(slot.unit(Accumulator::row_at(k), warpgroup_))) + thread / 4;
+      const int unit = slot.unit(Accumulator::row_at(k), warpgroup_);
+      unsigned char* const values = kept_ != nullptr ? kept_ + unit * slot.kUnitBytes : slot.values(unit);
+      auto* const to = reinterpret_cast<float4*>(values) + thread / 4;
       const float* const v = &consumer.o[2 * half][i];
       const float* const w = &consumer.o[2 * half + 1][i];
       to[half * Traits::kWarpgroupThreads / 4] = make_float4(v[0], v[2], w[0], w[2]);
@@ -133,6 +137,7 @@ class NarrowEpilogue {
   const DenseDecodeParams& params_;
   NarrowStorage<Traits>& shared_;
   const int warpgroup_;
+  unsigned char* kept_ = nullptr;
   std::uint32_t phase_ = 0;
 };
 

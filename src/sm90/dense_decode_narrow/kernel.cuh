@@ -121,8 +121,14 @@ struct NarrowDecodeKernel {
         const int tile_idx = tile.index(params.tiling, head_k);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         const bool is_read = shared.plan.is_read(piece.slot);
-        if (is_read) epilogue.write_partial(consumer, piece, tile_idx, 0);
+        const bool is_kept = shared.plan.is_kept(piece.slot);
+        if (is_read && !is_kept) epilogue.write_partial(consumer, piece, tile_idx, 0);
         consumer.finish(has_blocks);
+        if (is_kept) {
+          shared.plan.free_memory();
+          epilogue.keep(reinterpret_cast<unsigned char*>(&shared));
+          epilogue.write_partial(consumer, piece, tile_idx, 0);
+        }
         if (is_read) epilogue.write_partial(consumer, piece, tile_idx, 1);
         ptx::mbarrier_arrive(ptx::shared_address(&shared.plan.piece_written[piece.slot % 2]));
       }

@@ -35,6 +35,7 @@ struct NarrowTraits : TileTraits<Element> {
   /// A unit of a piece in the workspace, and the column, of a consumer's, of its value i. Four in a row are one
   /// thread's: two of a chunk and two of the next.
   using UnitValue = float;
+  static constexpr bool kKeepsTotals = false;  // it is the scorer that knows them, and it has told everybody by then
   static constexpr int kRowsOfUnit = 1;
   __device__ static constexpr int unit_row(int) { return 0; }
   __device__ static constexpr int unit_column(int i) {
