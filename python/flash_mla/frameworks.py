@@ -52,6 +52,11 @@ class Operations(Protocol):
     def can_keep(self, array: Array) -> bool:
         """Whether the array outlives the function that has made it: not what stands for one while JAX traces."""
 
+    @abstractmethod
+    def can_use(self, kept: Array, like: Array) -> bool:
+        """Whether an array that an earlier call has kept goes with ``like``: not one that stands for others in a trace
+        that is over."""
+
 
 class Framework(Operations, ABC):
     """An array library. The methods' arrays are its own."""
@@ -62,6 +67,9 @@ class Framework(Operations, ABC):
         """Raises for an array of the library's of a kind that is never taken; the message starts with ``name``."""
 
     def can_keep(self, array: Array) -> bool:
+        return True
+
+    def can_use(self, kept: Array, like: Array) -> bool:
         return True
 
     def check_output(self, array: Array, name: str, like: str = "q") -> None:
@@ -179,6 +187,9 @@ class PyTorch(Framework):
 
     def check_dense_decode(self, call: DecodeCall) -> None:
         self._operations(*call.arrays).check_dense_decode(call)
+
+    def can_use(self, kept: Array, like: Array) -> bool:
+        return getattr(kept, "fake_mode", None) is getattr(like, "fake_mode", None)
 
     def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
         return self._operations(*call.arrays).dense_decode(call)

@@ -16,8 +16,8 @@ class FlashMLASchedMeta:
 
     A plan follows from ``cache_seqlens``: make a new one, with ``get_mla_metadata()``, whenever the lengths change.
     In a function that jax.jit compiles, one that is still empty stays so, as what it would hold ends with the function:
-    each call there plans by itself. What PyTorch traces with fake tensors (torch.export without ``strict``) leaves them
-    in it: make it inside such a function, not outside.
+    each call there plans by itself. The fake tensors that PyTorch traces with (torch.export without ``strict``) are
+    replaced by the next call outside of that trace.
 
     Attributes
     ----------
@@ -37,14 +37,14 @@ class FlashMLASchedMeta:
     def arrays(
         self, config: tuple[int, int, int, int], cache_seqlens: Array, operations: Operations
     ) -> tuple[Array, Array]:
-        """The plan for a call of these extents; made now if this is the first.
+        """The plan for a call of these extents; made now if this is the first, or what there is belongs to a trace.
 
         Raises
         ------
         ValueError
             where an earlier call had other extents.
         """
-        if not self.have_initialized:
+        if not self.have_initialized or not operations.can_use(self.tile_scheduler_metadata, cache_seqlens):
             _, seqlen_q, num_heads_q, num_heads_k = config
             metadata, num_splits = _plan(cache_seqlens, max(seqlen_q * num_heads_q // num_heads_k, 1), num_heads_k)
             if not operations.can_keep(metadata):

@@ -52,6 +52,11 @@ def can_keep(array: Array) -> bool:
     return True
 
 
+def can_use(kept: Array, like: Array) -> bool:
+    """Always: what Dynamo reads has no fakes of other traces."""
+    return True
+
+
 def dense_decode(call: DecodeCall) -> tuple[Array, Array]:
     """(out, lse): the call's, or new tensors where it has none."""
     inputs = (

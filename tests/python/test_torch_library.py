@@ -215,6 +215,26 @@ def test_exports_with_any_batch(case: Case, way: Callable[..., Results], strict:
         assert_same(program.module()(*arrays), way(*arrays))
 
 
+def test_a_plan_of_a_trace_ends_with_it(case: Case) -> None:
+    meta, num_splits = get_mla_metadata()
+
+    def planned_outside(*arrays: Any) -> Results:
+        for _ in range(2):
+            results = flash_mla_with_kvcache(*arrays, 512, meta, num_splits, causal=True)
+        return results
+
+    arrays = arrays_of(case)
+    for _ in range(2):
+        program = torch_module.export.export(Layer(planned_outside), arrays, strict=False)
+        targets = [str(node.target) for node in program.graph.nodes]
+        assert targets.count("flash_mla.plan_dense_decode.default") == 1
+        assert targets.count("flash_mla.dense_decode.default") == 2
+        results = planned_outside(*arrays)
+        assert type(results[0]) is type(case.q)
+        assert_same(results, left_out(*arrays))
+        assert_same(program.module()(*arrays), results)
+
+
 def test_a_saved_program_runs_in_another_process(tmp_path: Path) -> None:
     case = make_case(CPU_SPEC, "cpu")
     program = torch_module.export.export(Layer(planned_inside), arrays_of(case))
