@@ -7,6 +7,7 @@ python benchmarks/readme_table.py --check    fails where a table is not up to da
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def main() -> None:
     decodes = [by_gpu[gpu] for gpu in sorted(by_gpu, reverse=True)]
     several = report.of_kind("context_parallel", options.results)
     wide = next((run for run in reversed(every_run) if table_tokens(run) and is_same_gpu(run, decodes[0])), None)
-    update(options.readme, tables(decodes, report.newest("host_overhead", options.results), wide), options.check)
+    host, steps = (report.newest(kind, options.results) for kind in ("host_overhead", "random_steps"))
+    update(options.readme, tables(decodes, host, wide, steps), options.check)
     update(options.context_parallel, context_parallel_tables(several), options.check)
     runs = [run for run in all_runs if run.get("skeleton") and is_same_gpu(run, decodes[0])]
     profile = report.newest("profile", options.results)
@@ -75,8 +77,13 @@ def is_same_gpu(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(one["machine"]["gpu"] == other["machine"]["gpu"])
 
 
-def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide: dict[str, Any] | None = None) -> str:
-    """A table for each GPU's result, what words mean, and what the cases of `wide` take."""
+def tables(
+    decodes: Sequence[dict[str, Any]],
+    host: dict[str, Any] | None,
+    wide: dict[str, Any] | None = None,
+    steps: dict[str, Any] | None = None,
+) -> str:
+    """A table for each GPU's result, what words mean, and what the cases of `wide` and random `steps` take."""
     parts = [table(decode) for decode in decodes]
     parts.append(
         "As CUDA graphs, with L2 cold and the plan given. Hot: bursts under the power limit; cold: a few calls after a "
@@ -90,6 +97,8 @@ def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide:
             f"\nWhere tables have room for {table_tokens(wide):,} tokens a request, hot, on one "
             f"{wide['machine']['gpu']} at commit {wide['commit']}: {'; '.join(times)}."
         )
+    if steps is not None:
+        parts[-1] += f"\n{random_steps(steps)}"
     if host is not None:
         given, left_out, empty = (
             host["calls"][name]["median_us"]
@@ -100,6 +109,17 @@ def tables(decodes: Sequence[dict[str, Any]], host: dict[str, Any] | None, wide:
             f"on a host that takes {empty:.1f} us for one of the call's two torch.empty_like."
         )
     return "\n\n".join(parts)
+
+
+def random_steps(result: dict[str, Any]) -> str:
+    ratios = sorted(step["ratio"] for step in result["steps"])
+    num_slower = sum(ratio < 1 for ratio in ratios)
+    return (
+        f"Of {len(ratios)} random steps (`benchmarks/random_steps.py`, seed {result['seed']}) on one "
+        f"{result['machine']['gpu']} at commit {result['commit']}, hot, {num_slower or 'none'} took longer than "
+        f"FlashMLA's ({result['peer']}): the speed relative to it is {ratios[0]:.2f} at least, "
+        f"{ratios[len(ratios) // 10]:.2f} or more in nine of ten, and {statistics.median(ratios):.2f} in the median."
+    )
 
 
 def table(decode: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
 import re
 import subprocess
 import sys
@@ -277,6 +278,7 @@ def load_script(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -344,6 +346,27 @@ def test_readme_table_reads_every_result(path: Path) -> None:
     table = tables[result["kind"]]()
     rows = [line for line in table.splitlines() if re.match(r"\| (?!case \||percent \|)", line)]
     assert len(rows) == len(result["cases"])
+
+
+def test_tells_of_random_steps() -> None:
+    steps = [{"ratio": ratio} for ratio in (1.5, 0.98, 1.2, 1.1, 1.3)]
+    result = {"commit": "abc1234", "machine": {"gpu": "H200"}, "seed": 7, "peer": "peer 1", "steps": steps}
+    text = readme_table().random_steps(result)
+    assert "Of 5 random steps" in text
+    assert "seed 7) on one H200 at commit abc1234, hot, 1 took longer than FlashMLA's (peer 1)" in text
+    assert "0.98 at least, 0.98 or more in nine of ten, and 1.20 in the median" in text
+    assert "none took longer" in readme_table().random_steps({**result, "steps": steps[2:]})
+
+
+def test_draws_the_same_steps_again() -> None:
+    pytest.importorskip("torch")
+    module = load_script("random_steps")
+    first, again = ([module.draw(rng) for _ in range(200)] for rng in (random.Random(3), random.Random(3)))
+    assert first == again
+    for step in first:
+        assert len(step.lengths()) == step.batch_size
+        assert step.seqlen_q <= min(step.lengths()) <= max(step.lengths()) <= module.MAX_LENGTH
+    assert {step.batch_size for step in first} == set(module.BATCHES)
 
 
 def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
