@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -116,16 +115,15 @@ def measure(step: Step, memory: Memory, peer: peers.Peer, module: Any) -> dict[s
 
 def print_ratios(title: str, steps: Sequence[dict[str, Any]]) -> None:
     def row(name: str, some: Sequence[dict[str, Any]]) -> list[str]:
-        ratios = sorted(step["ratio"] for step in some)
-        figures = (ratios[0], ratios[len(ratios) // 10], statistics.median(ratios), ratios[-1])
-        return [name, str(len(ratios)), *(f"{figure:.2f}" for figure in figures)]
+        figures = report.spread(step["ratio"] for step in some)
+        return [name, str(len(some)), *(f"{figure:.2f}" for figure in figures)]
 
     groups = [("all", list(steps))]
     for low, high in BATCHES_OF_ROWS:
         name = f"batch {low} to {high}" if low < high else f"batch {low}"
         groups.append((name, [step for step in steps if low <= step["batch_size"] <= high]))
     groups += [(f"{heads} heads", [s for s in steps if s["num_heads_q"] == heads]) for heads in sorted(set(HEADS))]
-    header = (f"speed over {title}", "steps", "least", "first tenth", "median", "most")
+    header = (f"speed over {title}", "steps", "least", "nine of ten", "median", "most")
     report.print_table(header, [row(name, some) for name, some in groups if some])
     for step in sorted(steps, key=lambda step: float(step["ratio"]))[:5]:
         print(f"{step['ratio']:.3f} {step['step']}: {step['us']:.1f} us, {title} {step['peer_us']:.1f}")

@@ -7,7 +7,6 @@ python benchmarks/readme_table.py --check    fails where a table is not up to da
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,14 @@ def tables(
 
 
 def random_steps(result: dict[str, Any]) -> str:
-    ratios = sorted(step["ratio"] for step in result["steps"])
+    ratios = [step["ratio"] for step in result["steps"]]
+    least, nine_of_ten, median, _ = report.spread(ratios)
     num_slower = sum(ratio < 1 for ratio in ratios)
     return (
         f"Of {len(ratios)} random steps (`benchmarks/random_steps.py`, seed {result['seed']}) on one "
         f"{result['machine']['gpu']} at commit {result['commit']}, hot, {num_slower or 'none'} took longer than "
-        f"FlashMLA's ({result['peer']}): the speed relative to it is {ratios[0]:.2f} at least, "
-        f"{ratios[len(ratios) // 10]:.2f} or more in nine of ten, and {statistics.median(ratios):.2f} in the median."
+        f"FlashMLA's ({result['peer']}): the speed relative to it is {least:.2f} at least, "
+        f"{nine_of_ten:.2f} or more in nine of ten, and {median:.2f} in the median."
     )
 
 

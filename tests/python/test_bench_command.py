@@ -369,6 +369,23 @@ def test_draws_the_same_steps_again() -> None:
     assert {step.batch_size for step in first} == set(module.BATCHES)
 
 
+def test_prints_the_ratios_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    ratios = {1: (2.0, 3.0, 2.5), 200: (1.25, 1.5)}
+    steps = [
+        {"step": f"b{batch}", "batch_size": batch, "num_heads_q": 16, "us": 10.0, "peer_us": 10 * ratio, "ratio": ratio}
+        for batch, some in ratios.items()
+        for ratio in some
+    ]
+    load_script("random_steps").print_ratios("peer", steps)
+    printed = capsys.readouterr().out
+    assert re.search(r"all +5 +1.25 +1.25 +2.00 +3.00", printed)
+    assert re.search(r"batch 1 +3 +2.00 +2.00 +2.50 +3.00", printed)
+    assert re.search(r"batch 133 to 512 +2 +1.25", printed)
+    assert "batch 2 to 16" not in printed
+    assert "1.250 b200: 10.0 us, peer 12.5" in printed
+
+
 def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
     readme_table().main()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,12 @@ def of_kind(kind: str, folder: Path) -> list[dict[str, Any]]:
 
 def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float, float]:
+    """The least of some values, what nine of ten reach, the median and the largest."""
+    ordered = sorted(values)
+    return ordered[0], ordered[len(ordered) // 10], statistics.median(ordered), ordered[-1]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
