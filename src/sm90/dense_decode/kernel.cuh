@@ -10,6 +10,7 @@
 #include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/scorer.cuh"
 #include "sm90/dense_decode/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/fragment.cuh"
 #include "sm90/primitives/renew.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -25,12 +26,12 @@ struct DenseDecodeKernel {
   using Storage = SharedStorage<Traits>;
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
-    constexpr int kWarps = Traits::kWarpgroupWarps;
+    constexpr int kWarps = Traits::kWarpgroupWarps * kArrivalsOfWarp;
     // Not by a lane for each: barriers are initialised one at a time all the same.
     if (threadIdx.x == 0) {
       init(shared.q_empty, kWarps);
       init(shared.qk_done, kWarps);
-      init(shared.rows_taken, Traits::kConsumerWarps);
+      init(shared.rows_taken, Traits::kConsumerWarps * kArrivalsOfWarp);
       for (auto& barrier : shared.p_full) init(barrier, Traits::kWarpgroupThreads);
       for (auto& barrier : shared.rescale_full) init(barrier, Traits::kWarpgroupThreads / 4);
       ptx::fence_mbarrier_init();
@@ -48,8 +49,8 @@ struct DenseDecodeKernel {
   __device__ static void init_kv(Storage& shared) {
     for (int i = Traits::kNumRegisterPairs; i < Traits::kPairSlots; ++i) init(shared.pair_full[i], 1);
     for (auto& barrier : shared.rope_full) init(barrier, 1);
-    for (auto& barrier : shared.pair_empty) init(barrier, Traits::kWarpgroupWarps);
-    for (auto& barrier : shared.rope_empty) init(barrier, Traits::kConsumerWarps);
+    for (auto& barrier : shared.pair_empty) init(barrier, Traits::kWarpgroupWarps * kArrivalsOfWarp);
+    for (auto& barrier : shared.rope_empty) init(barrier, Traits::kConsumerWarps * kArrivalsOfWarp);
     ptx::fence_mbarrier_init();
   }
   /// Of the part's first request, before there is a plan. By a thread.

@@ -45,7 +45,7 @@ struct MergeBarriers {
   __device__ void init(int num_consumer_threads) {
     ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
     ptx::mbarrier_init(ptx::shared_address(&gathered), num_consumer_threads / 2);
-    for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32);
+    for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32 * kArrivalsOfWarp);
     ptx::mbarrier_init(ptx::shared_address(&rows_known), num_consumer_threads);
     for (auto& barrier : share_loaded) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
   }
@@ -103,7 +103,7 @@ struct PartPlan {
 
 /// By one thread, which calls fence_mbarrier_init() afterwards.
 __device__ __forceinline__ void init_plan(PartPlan& plan, int num_consumer_threads) {
-  ptx::mbarrier_init(ptx::shared_address(&plan.splits_ready), 1);
+  ptx::mbarrier_init(ptx::shared_address(&plan.splits_ready), kArrivalsOfWarp);
   for (auto& barrier : plan.piece_written) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads);
   for (auto& barrier : plan.slices_known) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
   ptx::mbarrier_init(ptx::shared_address(&plan.keeping_known), 1);

@@ -9,6 +9,7 @@
 #include "sm90/dense_decode_narrow/mainloop.cuh"
 #include "sm90/dense_decode_narrow/scorer.cuh"
 #include "sm90/dense_decode_narrow/traits.cuh"
+#include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/renew.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -25,11 +26,11 @@ struct NarrowDecodeKernel {
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kWarpgroupWarps);
+      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kWarpgroupWarps * kArrivalsOfWarp);
       ptx::mbarrier_init(ptx::shared_address(&shared.sums_full), Traits::kRows);
-      ptx::mbarrier_init(ptx::shared_address(&shared.sums_empty), Traits::kConsumerWarps);
+      ptx::mbarrier_init(ptx::shared_address(&shared.sums_empty), Traits::kConsumerWarps * kArrivalsOfWarp);
       for (auto& barrier : shared.kv_empty) {
-        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kConsumerWarps);
+        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kConsumerWarps * kArrivalsOfWarp);
       }
       for (auto& barrier : shared.p_full) {
         ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupThreads);
