@@ -90,13 +90,13 @@ def check(pool: Pool, out: Any, lse: Any) -> None:
         raise oracle.WrongResultError(f"out is off by {error:.2g} of its size, lse by {error_lse:.2g}")
 
 
-def measure(step: Step, memory: Memory, peer: peers.Peer, module: Any) -> dict[str, Any]:
+def measure(step: Step, memory: Memory, peer: peers.Peer, monitor: machine.ClockMonitor) -> dict[str, Any]:
     pool = Pool(step, memory)
     call = decode.our_call(pool, decode.GIVEN)
     pool.poison_results()
     call(0)
     check(pool, pool.out, pool.lse)
-    prepared = peer.prepare(module, pool)
+    prepared = peer.prepare(peer.load(), pool)
     hot = time_hot({"ours": Timed(call, pool.rotations), "peer": Timed(prepared.call, pool.rotations)}, PLAN)
     ours, theirs = hot["ours"].microseconds, hot["peer"].microseconds
     return {
@@ -110,6 +110,7 @@ def measure(step: Step, memory: Memory, peer: peers.Peer, module: Any) -> dict[s
         "us": ours,
         "peer_us": theirs,
         "ratio": theirs / ours,
+        **monitor.during(hot["ours"].bursts),
     }
 
 
@@ -155,15 +156,16 @@ def main() -> int:
         "failures": [],
     }
     begin = time.monotonic()
-    for step in drawn:
-        if time.monotonic() - begin > options.seconds:
-            break
-        try:
-            result["steps"].append(measure(step, memory, peer, peer.load()))
-        except Exception as error:
-            result["failures"].append({"step": step.name, "error": f"{type(error).__name__}: {error}"})
-            print(result["failures"][-1], flush=True)
-        torch.cuda.synchronize()
+    with machine.ClockMonitor() as monitor:
+        for step in drawn:
+            if time.monotonic() - begin > options.seconds:
+                break
+            try:
+                result["steps"].append(measure(step, memory, peer, monitor))
+            except Exception as error:
+                result["failures"].append({"step": step.name, "error": f"{type(error).__name__}: {error}"})
+                print(result["failures"][-1], flush=True)
+            torch.cuda.synchronize()
     if result["steps"]:
         print_ratios(peer.title, result["steps"])
     print(report.write(result, options.json, "-random", Path(__file__).parent / "results"))

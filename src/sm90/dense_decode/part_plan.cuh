@@ -45,7 +45,8 @@ struct MergeBarriers {
   __device__ void init(int num_consumer_threads) {
     ptx::mbarrier_init(ptx::shared_address(&met), num_consumer_threads);
     ptx::mbarrier_init(ptx::shared_address(&gathered), num_consumer_threads / 2);
-    for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_consumer_threads / 2 / 32 * kArrivalsOfWarp);
+    const int num_loading_warps = num_consumer_threads / 2 / 32;
+    for (auto& barrier : seen) ptx::mbarrier_init(ptx::shared_address(&barrier), num_loading_warps * kArrivalsOfWarp);
     ptx::mbarrier_init(ptx::shared_address(&rows_known), num_consumer_threads);
     for (auto& barrier : share_loaded) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
   }

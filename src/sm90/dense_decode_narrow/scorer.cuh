@@ -49,7 +49,7 @@ class NarrowScorer {
       ptx::wgmma_fence();
       issue_qk();
       ptx::wgmma_wait<0>();
-      if (block == piece.end_block - 1 && arrives_for_warp()) ptx::mbarrier_arrive(ptx::shared_address(&shared_.q_empty));
+      if (block == piece.end_block - 1) arrive_of_warp(shared_.q_empty);
       if (block >= first_masked_block) mask(piece.seqlen_k, block * Traits::kBlockN);
       soften(block == piece.begin_block);
       ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[at_.slot]));

@@ -15,12 +15,9 @@ inline constexpr int kArrivalsOfWarp = 32;
 inline constexpr int kArrivalsOfWarp = 1;
 #endif
 
-/// Whether this lane is one of those that arrive.
-__device__ __forceinline__ bool arrives_for_warp() { return threadIdx.x % (32 / kArrivalsOfWarp) == 0; }
-
 /// The warp's arrival at an mbarrier that is initialised for kArrivalsOfWarp of each warp.
 __device__ __forceinline__ void arrive_of_warp(std::uint64_t& barrier) {
-  if (arrives_for_warp()) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+  if (threadIdx.x % (32 / kArrivalsOfWarp) == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
 }
 
 }  // namespace flash_mla::sm90
