@@ -22,6 +22,7 @@ struct DenseDecodeArguments {
   /// the other strides are multiples of 16 bytes.
   Tensor q;
   /// (num_pages, page_size, num_heads_k, 576), as q. page_size is a power of two; num_heads_k divides num_heads_q.
+  /// Without pages lengths count as 0 on the GPU, and others are an error on the CPU.
   Tensor k_cache;
   /// (batch, max_pages), int32, last dimension contiguous: page numbers. Entries past a request's last page have no
   /// effect. A request's length is cut at max_pages * page_size.

@@ -47,7 +47,7 @@ def flash_mla_with_kvcache(
     block_table : array of int32, shape (batch, max_pages)
         The pages of each request. Entries past its last page may hold anything.
     cache_seqlens : array of int32, shape (batch,)
-        Tokens in each request's cache. 0 is legal.
+        Tokens in each request's cache. 0 is legal; negative counts as 0. Cut at ``max_pages * page_size``.
     head_dim_v : int
         Must be 512.
     tile_scheduler_metadata, num_splits : optional
@@ -142,6 +142,8 @@ def _decode_with_framework(meta: Array | FlashMLASchedMeta | None, call: DecodeC
     if isinstance(meta, FlashMLASchedMeta):
         metadata, num_splits = meta.tile_scheduler_metadata, meta.num_splits
     else:
+        if isinstance(meta, tuple):  # what get_mla_metadata returns, as it is
+            raise TypeError("tile_scheduler_metadata: expected an array or a FlashMLASchedMeta, got tuple")
         metadata, num_splits = meta, call.num_splits
     for name, array in (("tile_scheduler_metadata", metadata), ("num_splits", num_splits)):
         if array is not None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from . import frameworks
 
+_TEXTS = (str, bytes, bytearray)
+_BOOLS = ("bool", "bool_")  # Python's and NumPy's
+
 
 def number(name: str, value: Any) -> float:
     """The value as a float, infinite for an integer that no float can hold.
@@ -16,11 +19,11 @@ def number(name: str, value: Any) -> float:
     Raises
     ------
     TypeError
-        for what isn't one number. A text isn't, whatever it says.
+        for what isn't one number. A text isn't, whatever it says, nor is a bool, which is a flag out of its place.
     """
-    is_text = type(value) is not float and issubclass(type(value), (str, bytes, bytearray))
+    is_other = type(value) is not float and (issubclass(type(value), _TEXTS) or type(value).__name__ in _BOOLS)
     try:
-        if not is_text:
+        if not is_other:
             return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
@@ -59,9 +62,11 @@ def flag(name: str, value: Any) -> bool:
     Raises
     ------
     TypeError
-        for what isn't true or false, as an array of several values.
+        for what isn't true or false, as an array of several values, or a text.
     """
     try:
-        return bool(value)
+        if type(value) is bool or not issubclass(type(value), _TEXTS):
+            return bool(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__qualname__}") from None
+        pass
+    raise TypeError(f"{name}: expected a bool, got {type(value).__qualname__}")

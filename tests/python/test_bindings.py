@@ -14,7 +14,7 @@ import pytest
 from cases import Spec, make_case
 from checks import turns_during
 from fakes import CPU, CUDA, READ_ONLY, FakeArray
-from flash_mla import _C
+from flash_mla import _C, flash_mla_interface
 from oracle import assert_close, decode_numpy
 
 SCALE = 576**-0.5
@@ -38,6 +38,11 @@ def decode(arrays: dict[str, Any], **options: Any) -> None:
     _C.dense_decode(
         **arrays, tile_scheduler_metadata=None, num_splits=None, softmax_scale=SCALE, causal=False, **options
     )
+
+
+def test_calls_are_also_where_deepseek_has_them() -> None:
+    for name in flash_mla_interface.__all__:
+        assert getattr(flash_mla_interface, name) is getattr(flash_mla, name)
 
 
 def fake(array: Any, **options: Any) -> FakeArray:

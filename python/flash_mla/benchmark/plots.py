@@ -53,7 +53,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     try:
         figure_module: Any = importlib.import_module("matplotlib.figure")
     except ImportError:
-        raise ImportError("matplotlib is missing: pip install 'flash-mla[bench]'") from None
+        raise ImportError("matplotlib is missing: pip install matplotlib") from None
     figure = drawing(result, figure_module)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
