@@ -15,8 +15,8 @@ constexpr float kDefaultSoftmaxScale = 1.0F / 24.0F;  ///< 576 ** -0.5
 
 /// Dense MLA decode over a paged cache. All tensors lie on one device: a Hopper GPU (compute capability 9.0) or the
 /// CPU. Every extent may be 0 except the head dimensions, the numbers of heads and the page size. seqlen_q *
-/// num_heads_q, max_pages * page_size and num_pages are below 2^31, num_heads_k below 2^16. The memory that an output
-/// spans holds no part of another argument.
+/// num_heads_q, max_pages * page_size and num_pages are below 2^31, num_heads_k below 2^16, batch at most 2^30. The
+/// memory that an output spans holds no part of another argument.
 struct DenseDecodeArguments {
   /// (batch, seqlen_q, num_heads_q, 576), bfloat16 or float16. Last dimension contiguous; on the GPU the address and
   /// the other strides are multiples of 16 bytes.

@@ -23,7 +23,8 @@ FLASH_MLA_API std::int64_t dense_decode_num_sm_parts(std::int64_t num_q_tokens_p
 /// Plans a step: which part works on which KV blocks of which requests. On a CUDA device it runs there, ordered on
 /// `stream`; on the CPU it is done when the function returns (`stream` is ignored).
 ///
-/// @param cache_seqlens            (batch,) int32, contiguous: tokens in each request's cache; negative counts as 0
+/// @param cache_seqlens            (batch,) int32, contiguous: tokens in each request's cache; negative counts as 0.
+///                                 batch is at most 2^30
 /// @param tile_scheduler_metadata  out: (num_sm_parts, 8) int32, contiguous, of 1 to 160 rows
 /// @param num_splits               out: (batch + 1,) int32, contiguous: prefix sum of the number of splits per request
 /// @param stream                   a cudaStream_t of the arrays' device

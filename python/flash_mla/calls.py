@@ -119,7 +119,7 @@ class MergeCall(NamedTuple):
         return (batch_size, seqlen_q, num_heads_q, HEAD_DIM_V), (batch_size, num_heads_q, seqlen_q)
 
     def check_shapes(self, dtype_name: Callable[[Array], str]) -> None:
-        """Raises for shapes and dtypes of states that don't agree: for compilers, before there are values."""
+        """Raises for shapes and dtypes that don't agree: for compilers, before there are values."""
         out_shape, lse_shape = self.result_shapes()
         outs, lses = self.outs.shapes(), self.lses.shapes()
         if not 1 <= len(outs) <= MAX_STATES:
@@ -137,3 +137,10 @@ class MergeCall(NamedTuple):
             for index, array in enumerate(states.arrays):
                 if dtype_name(array) != expected_dtype:
                     raise TypeError(f"{states.name}[{index}]: expected dtype {expected_dtype}, got {dtype_name(array)}")
+        for name, result, expected in (("out", self.out, out_shape), ("lse", self.lse, lse_shape)):
+            if result is not None and tuple(result.shape) != expected:
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(result.shape)}")
+        if self.out is not None and dtype_name(self.out) not in (dtype, "float32"):
+            raise TypeError(f"out: expected dtype {dtype} as outs, or float32, got {dtype_name(self.out)}")
+        if self.lse is not None and dtype_name(self.lse) != "float32":
+            raise TypeError(f"lse: expected dtype float32, got {dtype_name(self.lse)}")

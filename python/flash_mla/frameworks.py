@@ -7,6 +7,7 @@ come in.
 from __future__ import annotations
 
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
@@ -185,6 +186,11 @@ class PyTorch(Framework):
         kind = "nested" if array.is_nested else "quantized" if array.is_quantized else str(array.layout)
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
 
+    def check_output(self, array: Array, name: str, like: str = "q") -> None:
+        super().check_output(array, name, like)
+        if array.is_neg():
+            raise TypeError(f"{name}: expected a tensor whose values lie in memory, got one that is yet to be negated")
+
     def check_dense_decode(self, call: DecodeCall) -> None:
         self._operations(*call.arrays).check_dense_decode(call)
 
@@ -264,6 +270,7 @@ _FRAMEWORKS: dict[str, Callable[[], Framework]] = {
 }
 _instances: dict[Callable[[], Framework], Framework] = {}
 _by_array_type: dict[type, Framework] = {}
+_making = threading.RLock()  # a library's module may register its arrays while it is imported
 
 
 def framework_of(array: Array, name: str) -> Framework:
@@ -302,11 +309,18 @@ def take_note_of_torch() -> None:
 def _find(array_type: type, name: str) -> Framework:
     for base in array_type.__mro__:
         kind = _FRAMEWORKS.get(base.__module__.partition(".")[0])
-        if kind is not None:
+        if kind is None or (kind is not _jax and not _is_of_arrays(array_type)):
+            continue
+        with _making:
             if kind not in _instances:
                 _instances[kind] = kind()
             return _instances[kind]
     raise TypeError(f"{name}: expected an array of PyTorch, CuPy, JAX or NumPy, got {array_type.__qualname__}")
+
+
+def _is_of_arrays(library_type: type) -> bool:
+    """Whether a type of PyTorch, NumPy or CuPy is one of arrays, not of dtypes or devices. JAX's tracers don't tell."""
+    return hasattr(library_type, "shape") and hasattr(library_type, "dtype")
 
 
 # What NumPy and CuPy export through DLPack.

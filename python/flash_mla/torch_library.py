@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from . import _C
-from .calls import METADATA_SIZE, Array, DecodeCall, MergeCall, States
+from .calls import MAX_STATES, METADATA_SIZE, Array, DecodeCall, MergeCall, States
 from .frameworks import TorchMemory
 
 torch: Any = import_module("torch")
@@ -94,6 +94,8 @@ def merge_states(call: MergeCall) -> tuple[Array, Array]:
     outs, lses = (
         list(states.arrays) if states.is_list else list(states.arrays[0].unbind(0)) for states in (call.outs, call.lses)
     )
+    if not outs:  # PyTorch finds an operation by its tensors
+        raise ValueError(f"outs: expected 1 to {MAX_STATES} states, got 0")
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.merge_states.default(outs, lses)
         return out, lse

@@ -65,7 +65,7 @@ inline bool is_contiguous(const Tensor& t) {
   std::int64_t stride = 1;
   for (int i = t.rank - 1; i >= 0; --i) {
     if (t.shape[i] > 1 && t.strides[i] != stride) return false;
-    stride *= t.shape[i];
+    if (i > 0) stride *= t.shape[i];
   }
   return true;
 }
@@ -141,9 +141,10 @@ inline std::int64_t row_alignment(const Tensor& t) {
   return t.device.type == DeviceType::kCuda ? kVectorBytes : element_size(t.dtype);
 }
 
-/// Bytes from a tensor's first element to its last, both included; strides are not negative. 0 where it has none.
+/// Bytes from a tensor's first element to its last, both included; strides are not negative. 0 where it has none, or is
+/// left out.
 inline std::int64_t num_bytes(const Tensor& t) {
-  if (is_empty(t)) return 0;
+  if (!t || is_empty(t)) return 0;
   std::int64_t last = 0;
   for (int i = 0; i < t.rank; ++i) last += t.shape[i] > 1 ? (t.shape[i] - 1) * t.strides[i] : 0;
   return (last + 1) * element_size(t.dtype);

@@ -17,6 +17,7 @@ namespace {
 
 using namespace checks;
 
+constexpr std::int64_t kMaxBatch = std::int64_t{1} << 30;  // so that plans of any lengths fit into their integers
 constexpr std::int64_t kMaxBulkStride = (std::int64_t{1} << 39) - 1;  // elements: what the copy engine can step
 
 /// A contiguous int32 array.
@@ -44,7 +45,7 @@ void check_q(Argument q) {
     fail_dtype(q, "bfloat16 or float16");
   }
   const auto& shape = q.tensor.shape;
-  check_range(q, "batch_size", shape[0], 0, kMaxInt32 - 1);  // num_splits has one more
+  check_range(q, "batch_size", shape[0], 0, kMaxBatch);
   check_range(q, "num_heads_q", shape[2], 1, kMaxInt32);
   check_range(q, "seqlen_q", shape[1], 0, kMaxInt32 / shape[2]);
   check_bulk_rows(q);
@@ -212,7 +213,7 @@ void check_plan(const Tensor& cache_seqlens_tensor, const Tensor& metadata_tenso
   const Argument num_splits{"num_splits", num_splits_tensor};
 
   check_int32_array(cache_seqlens, {"batch_size"});
-  check_range(cache_seqlens, "batch_size", cache_seqlens_tensor.shape[0], 0, kMaxInt32 - 1);
+  check_range(cache_seqlens, "batch_size", cache_seqlens_tensor.shape[0], 0, kMaxBatch);
   check_plan_arrays(metadata, num_splits, cache_seqlens_tensor.shape[0]);
   for (const Argument arg : {metadata, num_splits}) check_device(arg, cache_seqlens_tensor.device, "cache_seqlens");
 

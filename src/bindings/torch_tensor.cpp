@@ -69,6 +69,11 @@ constexpr const char* kCurrentDeviceSymbol = "_ZN3c104cuda14current_deviceEv";
 using View = void (*)(const TensorBase& tensor, dlpack::dltensor* view);
 constexpr const char* kViewSymbol = "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor";
 
+/// bool at::native::is_neg(const at::Tensor&): whether the tensor's values are those in memory with the other sign, as
+/// those of the imaginary part of a conjugate are.
+using IsNegated = bool (*)(const TensorBase& tensor);
+constexpr const char* kIsNegatedSymbol = "_ZN2at6native6is_negERKNS_6TensorE";
+
 /// bool c10::impl::TorchDispatchModeTLS::any_modes_set(bool skip_infra_modes)
 using AnyModesSet = bool (*)(bool skip_infra_modes);
 constexpr const char* kAnyModesSetSymbol = "_ZN3c104impl20TorchDispatchModeTLS13any_modes_setEb";
@@ -84,6 +89,7 @@ struct Library {
   Wrap wrap = nullptr;
   AnyModesSet any_modes_set = nullptr;
   View view = nullptr;
+  IsNegated is_negated = nullptr;
   EmptyStridedCuda empty_strided_cuda = nullptr;
   AllocateBytes allocate_bytes = nullptr;
   FreeBytes free_bytes = nullptr;
@@ -133,19 +139,29 @@ bool is_held_tensor_found(nb::handle tensor) {
   return held_tensor(tensor).counted == reinterpret_cast<void*>(nb::cast<std::uintptr_t>(tensor.attr("_cdata")));
 }
 
-/// False, and no Python error, where the tensor has no memory to look at.
+bool is_negated(nb::handle tensor) {
+  if (library.is_negated != nullptr) return library.is_negated(held_tensor(tensor));
+  return nb::cast<bool>(tensor.attr("is_neg")());
+}
+
+bool has_elements(const dlpack::dltensor& view) {
+  return std::all_of(view.shape, view.shape + view.ndim, [](std::int64_t extent) { return extent > 0; });
+}
+
+/// False, and no Python error, where the tensor has no memory to look at, or memory that does not hold its values.
 bool get_view(nb::handle tensor, dlpack::dltensor& view) {
   if (library.view != nullptr) {
     try {
       library.view(held_tensor(tensor), &view);
-      return true;
     } catch (const std::exception&) {
       return false;
     }
+  } else if (library.exchange_api->view(tensor.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return false;
   }
-  if (library.exchange_api->view(tensor.ptr(), &view) == 0) return true;
-  PyErr_Clear();
-  return false;
+  if (view.data == nullptr && has_elements(view)) return false;
+  return !is_negated(tensor);
 }
 
 /// c10::ScalarType, -1 for those that nobody asks for.
@@ -208,7 +224,10 @@ void find(nb::handle type) {
   if (!found.is_complete()) return;
   library = found;
   NewTensor any(DType::kUInt8, {DeviceType::kCpu, 0}, {1});
-  if (any && is_held_tensor_found(any.to_python())) find_function("libtorch_cpu.so", kViewSymbol, library.view);
+  if (any && is_held_tensor_found(any.to_python())) {
+    find_function("libtorch_cpu.so", kViewSymbol, library.view);
+    find_function("libtorch_cpu.so", kIsNegatedSymbol, library.is_negated);
+  }
 }
 
 bool is_tensor(nb::handle array) {

@@ -28,12 +28,12 @@ bool is_tensor(nanobind::handle array);
 /// FakeTensorMode, FlopCounterMode), who would not see a call that goes around PyTorch.
 bool is_watched();
 
-/// Fills in the view of a tensor. False where it has no memory to look at: on device "meta", inside torch.func's
-/// transforms, under functionalisation. The GIL is held.
+/// Fills in the view of a tensor. False where it has no memory to look at (on device "meta", inside torch.func's
+/// transforms, under functionalisation), and where PyTorch has yet to negate what is there. The GIL is held.
 /// @throws InvalidArgument naming the argument
 bool view(const char* name, nanobind::handle tensor, Tensor& result);
 
-/// Whether it is a tensor, not watched, and has memory to look at. The GIL is held.
+/// Whether it is a tensor, not watched, and has memory to look at that holds its values. The GIL is held.
 bool can_read(nanobind::handle array);
 
 /// PyTorch's current stream on a device, null on the CPU. The GIL is held.

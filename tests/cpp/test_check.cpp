@@ -135,10 +135,17 @@ TEST(CheckDenseDecode, TakesShapes) {
   });
 }
 
+TEST(CheckDenseDecode, TakesAPlanLeftOutWhateverItsType) {
+  Args args = right_call();
+  args.tile_scheduler_metadata = args.num_splits = {};
+  args.num_splits.dtype = DType::kInt32;
+  EXPECT_NO_THROW(check_dense_decode(args, true));
+}
+
 TEST(CheckDenseDecode, TakesExtents) {
   expect_errors({
-      {[](Args& a) { reshape(a.q, kMaxInt32, 2, 128, 576); },
-       "InvalidArgument: q: expected batch_size from 0 to 2147483646, got 2147483647"},
+      {[](Args& a) { reshape(a.q, (1 << 30) + 1, 2, 128, 576); },
+       "InvalidArgument: q: expected batch_size from 0 to 1073741824, got 1073741825"},
       {[](Args& a) { reshape(a.q, 4, 2, 0, 576); },
        "InvalidArgument: q: expected num_heads_q from 1 to 2147483647, got 0"},
       {[](Args& a) { reshape(a.q, 4, 1 << 24, 128, 576); },

@@ -225,6 +225,7 @@ def call() -> dict[str, Any]:
         ("is_fp8_kvcache", np.array([False, False]), TypeError, "expected a bool, got ndarray"),
         ("softmax_scale", -0.5, ValueError, "above 0"),
         ("q", [[1.0]], TypeError, "array of PyTorch, CuPy, JAX or NumPy, got list"),
+        ("q", np.dtype(np.float16), TypeError, "array of PyTorch, CuPy, JAX or NumPy, got "),
         ("q", np.zeros((2, 576), np.float16), ValueError, r"expected shape .*got \(2, 576\)"),
         *(
             ("q", np.zeros((2, 1, 4, 576)).astype(dtype), TypeError, "expected dtype bfloat16 or float16, got")

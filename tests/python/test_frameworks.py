@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from cases import Case, Spec, make_case
-from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, frameworks, get_mla_metadata
 from oracle import assert_close, decode_numpy
 
 SPEC = Spec(lengths=(0, 70, 129), seqlen_q=2, num_heads_q=6, num_heads_k=3, causal=True)
@@ -150,6 +152,22 @@ def test_refuses_a_sched_meta_of_another_library(names: tuple[str, str]) -> None
     call(first, make_case(SPEC), meta)
     with pytest.raises(TypeError, match=r"^tile_scheduler_metadata: expected an array of \w+ as q, got one of \w+$"):
         call(second, make_case(SPEC), meta)
+
+
+def test_first_calls_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of one library belong together, whoever sees the first."""
+
+    class Slow(frameworks.NumPy):
+        def __init__(self) -> None:
+            time.sleep(0.05)
+            super().__init__()
+
+    monkeypatch.setattr(frameworks, "_instances", {})
+    monkeypatch.setattr(frameworks, "_by_array_type", {})
+    monkeypatch.setitem(frameworks._FRAMEWORKS, "numpy", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(frameworks.framework_of, (np.zeros(1), np.ma.zeros(1)), ("q", "k_cache"))
+    assert first is second
 
 
 def test_takes_subclasses() -> None:

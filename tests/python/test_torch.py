@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cases import Case, Spec, make_case
 from checks import decode, plan, same_bits
-from flash_mla import _C, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import _C, flash_mla_with_kvcache, get_mla_metadata, merge_states
 from flash_mla import decode as decode_module
 from oracle import assert_close, decode_torch
 
@@ -115,6 +115,44 @@ def test_tensors_are_read_as_they_are_now(placed: Case) -> None:
     assert same_bits(decode(placed)[0], expected)
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "cache_seqlens"])
+def test_tensors_that_are_yet_to_be_negated(placed: Case, name: str) -> None:
+    """As the imaginary part of a conjugate is: memory has the other sign."""
+    arguments = placed.arguments()
+    expected = flash_mla_with_kvcache(**arguments)
+    negated = torch_module._neg_view(-arguments[name])
+    assert negated.is_neg()
+    got = flash_mla_with_kvcache(**arguments | {name: negated})
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_results_that_are_yet_to_be_negated(placed: Case, name: str) -> None:
+    out, lse = decode(placed)
+    outs, lses = torch_module.stack([out, out]), torch_module.stack([lse, lse])
+    got = merge_states(outs, torch_module._neg_view(-lses))
+    assert all(same_bits(a, b) for a, b in zip(got, merge_states(outs, lses), strict=True))
+    result = torch_module._neg_view(torch_module.zeros_like(out if name == "out" else lse))
+    for call in (lambda: decode(placed, **{name: result}), lambda: merge_states(outs, lses, **{name: result})):
+        with pytest.raises(TypeError, match=rf"^{name}: expected a tensor whose values lie in memory"):
+            call()
+    assert not result.any()
+
+
+def test_functionalised_calls(placed: Case) -> None:
+    arrays = tuple(placed.arguments()[name] for name in ("q", "k_cache", "block_table", "cache_seqlens"))
+
+    def step(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any) -> Any:
+        metadata, num_splits = get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2] // 3, 3)
+        out, lse = flash_mla_with_kvcache(
+            q, k_cache, block_table, cache_seqlens, 512, metadata, num_splits, causal=True
+        )
+        return merge_states(torch_module.stack([out, out]), torch_module.stack([lse, lse]))
+
+    got = torch_module.func.functionalize(step)(*arrays)
+    assert all(same_bits(a, b) for a, b in zip(got, step(*arrays), strict=True))
+
+
 @needs_short_way
 def test_only_tensors_pass_for_tensors(case: Case) -> None:
     class Impostor:
@@ -125,6 +163,8 @@ def test_only_tensors_pass_for_tensors(case: Case) -> None:
     assert not _C.torch_can_read(Impostor())
     with pytest.raises(TypeError, match=r"^k_cache: .*Impostor"):
         flash_mla_with_kvcache(**case.arguments() | {"k_cache": Impostor()})
+    with pytest.raises(TypeError, match=r"^q: expected an array of .*, got dtype"):
+        flash_mla_with_kvcache(**case.arguments() | {"q": torch_module.float16})
 
 
 @needs_short_way

@@ -189,3 +189,30 @@ def test_vmap_calls_once_for_each(case: Case) -> None:
     out, lse = torch_module.vmap(lambda q: left_out(q, *others))(queries)
     for index in range(2):
         assert_same((out[index], lse[index]), left_out(queries[index], *others))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "error", "message"),
+    [
+        ("out", (3,), "bfloat16", ValueError, r"^out: expected shape \(2, 1, 4, 512\), got \(3,\)"),
+        ("out", (2, 1, 4, 512), "float16", TypeError, "^out: expected dtype bfloat16 as outs, or float32, got float16"),
+        ("lse", (2, 1, 4), "float32", ValueError, r"^lse: expected shape \(2, 4, 1\), got \(2, 1, 4\)"),
+        ("lse", (2, 4, 1), "int32", TypeError, "^lse: expected dtype float32, got int32"),
+    ],
+)
+def test_results_of_a_merge_are_checked(
+    name: str, shape: tuple[int, ...], dtype: str, error: type[Exception], message: str
+) -> None:
+    with torch_module.device("meta"):
+        outs, lses = torch_module.empty(3, 2, 1, 4, 512, dtype=torch_module.bfloat16), torch_module.empty(3, 2, 4, 1)
+        result = torch_module.empty(shape, dtype=getattr(torch_module, dtype))
+    with pytest.raises(error, match=message):
+        merge_states(outs, lses, **{name: result})
+
+
+def test_no_states_on_meta() -> None:
+    with (
+        torch_module.device("meta"),
+        pytest.raises(ValueError, match=r"^outs: expected 1 to 128 states, got 0"),
+    ):
+        merge_states(torch_module.empty(0, 2, 1, 4, 512), torch_module.empty(0, 2, 4, 1))
