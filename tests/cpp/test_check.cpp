@@ -392,6 +392,8 @@ TEST(CheckPlan, TakesArraysThatAgree) {
       {[](PlanArguments&) {}, "no error"},
       {[](PlanArguments& a) { reshape(a.cache_seqlens, 4, 1); },
        "InvalidArgument: cache_seqlens: expected shape (batch_size,), got (4, 1)"},
+      {[](PlanArguments& a) { reshape(a.cache_seqlens, (1 << 30) + 1); },
+       "InvalidArgument: cache_seqlens: expected batch_size from 0 to 1073741824, got 1073741825"},
       {[](PlanArguments& a) { a.cache_seqlens.dtype = DType::kInt64; },
        "InvalidType: cache_seqlens: expected dtype int32, got int64"},
       {[](PlanArguments& a) { reshape(a.metadata, 66, 4); },
