@@ -60,9 +60,9 @@ def flash_mla_with_kvcache(
     is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
         Must keep their defaults.
     out : array like q, shape (batch, seqlen_q, num_heads_q, 512), optional
-        Where the result goes; a new array by default.
+        Where the result goes; a new array by default. (A tensor that requires grad is refused, unless grad is off.)
     lse : array of float32, shape (batch, num_heads_q, seqlen_q), optional
-        Where the log-sum-exp goes; a new array by default.
+        Where the log-sum-exp goes; the same.
 
     Returns
     -------
@@ -117,6 +117,8 @@ def flash_mla_with_kvcache(
                 meta,
                 DecodeCall(q, k_cache, block_table, cache_seqlens, out, lse, None, num_splits, scale, bool(causal)),
             )
+    if out is not None or lse is not None:
+        frameworks.announce_results(out=out, lse=lse)
     metadata, splits, extents = meta, num_splits, None
     if splits is None and meta is not None and isinstance(meta, FlashMLASchedMeta) and meta.have_initialized:
         metadata, splits, extents = meta.tile_scheduler_metadata, meta.num_splits, meta.config

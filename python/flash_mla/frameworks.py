@@ -298,6 +298,30 @@ def check_framework(framework: Framework, array: Array, name: str, like: str = "
     framework.check_array(array, name)
 
 
+def announce_results(**results: Array | None) -> None:
+    """Tell PyTorch which of its tensors a call writes, so that autograd notices where it has saved them for later.
+
+    Raises
+    ------
+    ValueError
+        for a tensor that requires grad; the message starts with the argument's name.
+    """
+    torch: Any = sys.modules.get("torch")
+    if not hasattr(torch, "Tensor"):
+        return
+    for name, result in results.items():
+        if isinstance(result, torch.Tensor):
+            check_gradless(torch, name, result)
+            if not torch.is_inference_mode_enabled():
+                torch.autograd.graph.increment_version(result)
+
+
+def check_gradless(torch: Any, name: str, result: Array) -> None:
+    """Raises ``ValueError`` where autograd would take what a call writes into a tensor for something else."""
+    if result.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor that does not require grad, got one that does")
+
+
 def take_note_of_torch() -> None:
     """Get ready for tensors and register ``torch_library``, if PyTorch has been imported; else that comes later."""
     torch: Any = sys.modules.get("torch")

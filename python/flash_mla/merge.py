@@ -37,9 +37,10 @@ def merge_states(
     lses : array of float32, shape (num_states, batch, num_heads_q, seqlen_q)
         Or a list or tuple. Natural logarithms; any strides.
     out : array of float32 or as outs, shape (batch, seqlen_q, num_heads_q, 512), optional
-        Where the result goes; a new array like outs by default.
+        Where the result goes; a new array like outs by default. (A tensor that requires grad is refused, unless grad is
+        off.)
     lse : array of float32, shape (batch, num_heads_q, seqlen_q), optional
-        Where the log-sum-exp goes; a new array by default.
+        Where the log-sum-exp goes; the same.
 
     Returns
     -------
@@ -66,6 +67,7 @@ def merge_states(
 
         if torch_library.is_tensor(call.outs.arrays[0]):
             return torch_library.merge_states(call)
+    frameworks.announce_results(out=out, lse=lse)
     framework = framework_of(call.outs.arrays[0], like)
     for states in (call.outs, call.lses):
         for name, array in zip(states.names(), states.arrays, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import _C
 from .calls import MAX_STATES, METADATA_SIZE, Array, DecodeCall, MergeCall, States
-from .frameworks import TorchMemory
+from .frameworks import TorchMemory, check_gradless
 
 torch: Any = import_module("torch")
 
@@ -72,11 +72,18 @@ def dense_decode(call: DecodeCall) -> tuple[Array, Array]:
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.dense_decode.default(*inputs)
         return out, lse
+    _check_results(call)
     out_shape, lse_shape = call.result_shapes()
     out = call.q.new_empty(out_shape) if call.out is None else call.out
     lse = call.q.new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
     torch.ops.flash_mla.dense_decode_into.default(*inputs, out, lse)
     return out, lse
+
+
+def _check_results(call: DecodeCall | MergeCall) -> None:
+    for name, result in (("out", call.out), ("lse", call.lse)):
+        if result is not None:
+            check_gradless(torch, name, result)
 
 
 def plan_dense_decode(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) -> tuple[Array, Array]:
@@ -99,6 +106,7 @@ def merge_states(call: MergeCall) -> tuple[Array, Array]:
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.merge_states.default(outs, lses)
         return out, lse
+    _check_results(call)
     out = outs[0].new_empty(out_shape) if call.out is None else call.out
     lse = outs[0].new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
     torch.ops.flash_mla.merge_states_into.default(outs, lses, out, lse)

@@ -139,6 +139,46 @@ def test_results_that_are_yet_to_be_negated(placed: Case, name: str) -> None:
     assert not result.any()
 
 
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_autograd_notices_what_is_written(placed: Case, name: str) -> None:
+    out, lse = decode(placed)
+    outs, lses = torch_module.stack([out, out]), torch_module.stack([lse, lse])
+    for call in (
+        lambda result: decode(placed, **{name: result}),
+        lambda result: merge_states(outs, lses, **{name: result}),
+    ):
+        result = torch_module.zeros_like(out if name == "out" else lse)
+        factor = torch_module.ones_like(result).requires_grad_()
+        product = (factor * result).sum()
+        call(result)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+        with torch_module.inference_mode():
+            call(torch_module.zeros_like(result))  # which has no version
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_results_that_require_grad(placed: Case, name: str) -> None:
+    out, lse = decode(placed)
+    outs, lses = torch_module.stack([out, out]), torch_module.stack([lse, lse])
+    result = torch_module.zeros_like(out if name == "out" else lse).requires_grad_()
+
+    def traced() -> Any:
+        step = torch_module.compile(lambda: decode(placed, **{name: result}), backend="eager")
+        return step()
+
+    calls = (lambda: decode(placed, **{name: result}), lambda: merge_states(outs, lses, **{name: result}), traced)
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor that does not require grad, got one that"):
+            call()
+    assert not result.any()
+    with torch_module.no_grad():
+        for call in calls:
+            call()
+            assert result.any()
+            result.zero_()
+
+
 def test_functionalised_calls(placed: Case) -> None:
     arrays = tuple(placed.arguments()[name] for name in ("q", "k_cache", "block_table", "cache_seqlens"))
 
