@@ -19,7 +19,7 @@ constexpr float kDefaultSoftmaxScale = 1.0F / 24.0F;  ///< 576 ** -0.5
 /// memory that an output spans holds no part of another argument.
 struct DenseDecodeArguments {
   /// (batch, seqlen_q, num_heads_q, 576), bfloat16 or float16. Last dimension contiguous; on the GPU the address and
-  /// the other strides are multiples of 16 bytes.
+  /// the other strides are multiples of 16 bytes, and strides below 2^39 elements.
   Tensor q;
   /// (num_pages, page_size, num_heads_k, 576), as q. page_size is a power of two; num_heads_k divides num_heads_q.
   /// Without pages lengths count as 0 on the GPU, and others are an error on the CPU.
@@ -29,13 +29,15 @@ struct DenseDecodeArguments {
   Tensor block_table;
   /// (batch,), int32, contiguous: tokens in each request's cache. 0 is legal; negative counts as 0.
   Tensor cache_seqlens;
-  /// Out: (batch, seqlen_q, num_heads_q, 512), as q. Rows with no key to see get 0. Strides as q.
+  /// Out: (batch, seqlen_q, num_heads_q, 512), as q. Rows with no key to see get 0. Strides as q, and
+  /// such that they keep its elements apart.
   Tensor out;
   /// Out: (batch, num_heads_q, seqlen_q), float32, strides that keep its elements apart: natural log of the sum of
   /// exp(softmax_scale * q.k); +inf for rows with no key to see.
   Tensor lse;
   /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8), of 1 to 160 rows, and (batch + 1,),
-  /// int32, contiguous. Leave both out, and the call plans by itself, on the device. Both are ignored on the CPU.
+  /// int32, contiguous, the first at a multiple of 16 bytes. Leave both out, and the call plans by itself, on the
+  /// device. Their contents are ignored on the CPU.
   Tensor tile_scheduler_metadata;
   Tensor num_splits;
   /// Finite and above 0.

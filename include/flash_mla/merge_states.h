@@ -31,7 +31,8 @@ struct MergeStatesArguments {
   const Tensor* lses = nullptr;
   /// 1 to kMaxMergeStates.
   std::int64_t num_states = 0;
-  /// Out: (batch, seqlen_q, num_heads_q, 512), as outs or float32. Strides as outs.
+  /// Out: (batch, seqlen_q, num_heads_q, 512), as outs or float32. Strides as outs, and such that they keep its
+  /// elements apart.
   Tensor out;
   /// Out: (batch, num_heads_q, seqlen_q), float32, strides that keep its elements apart.
   Tensor lse;

@@ -100,8 +100,9 @@ struct Tensor {
 inline void set_contiguous_strides(Tensor& t) {
   std::int64_t stride = 1;
   for (int i = t.rank - 1; i >= 0; --i) {
-    t.strides[i] = stride;
-    stride *= t.shape[i];
+    const auto at = static_cast<std::size_t>(i);
+    t.strides[at] = stride;
+    stride *= t.shape[at];
   }
 }
 
@@ -131,9 +132,10 @@ inline std::vector<Tensor> unstack(const Tensor& stacked) {
   if (stacked.rank == 0) return tensors;
   Tensor t = stacked;
   t.rank = stacked.rank - 1;
-  for (int i = 0; i < kMaxRank; ++i) {
-    t.shape[i] = i < t.rank ? stacked.shape[i + 1] : 0;
-    t.strides[i] = i < t.rank ? stacked.strides[i + 1] : 0;
+  for (std::size_t i = 0; i < kMaxRank; ++i) {
+    const bool has = i < static_cast<std::size_t>(t.rank);
+    t.shape[i] = has ? stacked.shape[i + 1] : 0;
+    t.strides[i] = has ? stacked.strides[i + 1] : 0;
   }
   // Unsigned, as a stride may be anything here: whoever uses the views checks them.
   const std::uintptr_t step = static_cast<std::uintptr_t>(stacked.strides[0]) * dtype_size(stacked.dtype);

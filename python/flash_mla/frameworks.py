@@ -152,6 +152,16 @@ class TorchMemory(DLPackFramework):
             arrays = tuple(None if array is None else array.detach() for array in arrays)
         return function(*arrays, *options)
 
+    def dense_decode(self, call: DecodeCall) -> tuple[Array, Array]:
+        results = super().dense_decode(call)
+        note_written(call.out, call.lse)
+        return results
+
+    def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
+        results = super().merge_states(call)
+        note_written(call.out, call.lse)
+        return results
+
     def stream(self, like: Array) -> int | None:
         if self._has_exchange_table or not like.is_cuda:
             return None
@@ -298,28 +308,16 @@ def check_framework(framework: Framework, array: Array, name: str, like: str = "
     framework.check_array(array, name)
 
 
-def announce_results(**results: Array | None) -> None:
-    """Tell PyTorch which of its tensors a call writes, so that autograd notices where it has saved them for later.
-
-    Raises
-    ------
-    ValueError
-        for a tensor that requires grad; the message starts with the argument's name.
-    """
-    torch: Any = sys.modules.get("torch")
-    if not hasattr(torch, "Tensor"):
-        return
+def check_gradless(**results: Array | None) -> None:
+    """Raises ``ValueError`` for a tensor of which PyTorch would record a gradient, and take what is written for it."""
     for name, result in results.items():
-        if isinstance(result, torch.Tensor):
-            check_gradless(torch, name, result)
-            if not torch.is_inference_mode_enabled():
-                torch.autograd.graph.increment_version(result)
+        if getattr(result, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
+            raise ValueError(f"{name}: expected a tensor that does not require grad, got one that does")
 
 
-def check_gradless(torch: Any, name: str, result: Array) -> None:
-    """Raises ``ValueError`` where autograd would take what a call writes into a tensor for something else."""
-    if result.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: expected a tensor that does not require grad, got one that does")
+def note_written(*results: Array | None) -> None:
+    """Tell PyTorch of the tensors that a caller gave for results, so that autograd notices where it has saved them."""
+    sys.modules["torch"].autograd.graph.increment_version([result for result in results if result is not None])
 
 
 def take_note_of_torch() -> None:
@@ -358,5 +356,5 @@ def _to_readable(array: Array | None) -> object | None:
     if array is None or array.dtype.name in _EXPORTED:
         return array
     if array.dtype.name == "bfloat16":
-        return _C.Bfloat16Bits(array.view("uint16"))
+        return _C.Bfloat16Bits(array.view(f"{array.dtype.byteorder}u2"))
     return _C.ShapeDType(list(array.shape), array.dtype.name)

@@ -10,7 +10,7 @@ from .calls import Array
 from .frameworks import Operations, check_framework, framework_of
 
 
-@dataclass
+@dataclass(eq=False)
 class FlashMLASchedMeta:
     """A plan that the first call of ``flash_mla_with_kvcache`` with it fills and later calls of the same step reuse.
 
@@ -95,7 +95,8 @@ def get_mla_metadata(
     Parameters
     ----------
     cache_seqlens : array of int32, shape (batch,)
-        Tokens in each request's cache. Left out, with everything else: the plan is made by the first call that uses it.
+        Tokens in each request's cache. Left out: the plan is made by the first call that uses it, and what is said
+        here of query tokens and heads is ignored, as by DeepSeek's.
     num_q_tokens_per_head_k : int
         seqlen_q * num_heads_q // num_heads_k. Also taken by its older name, ``num_heads_per_head_k``.
     num_heads_k : int
@@ -119,12 +120,12 @@ def get_mla_metadata(
     Unsupported
         for an FP8 cache or sparse attention, and on a GPU that is not a Hopper.
     """
-    if cache_seqlens is None:
-        return FlashMLASchedMeta(), None
     if options.flag("is_fp8_kvcache", is_fp8_kvcache):
         raise _C.Unsupported("is_fp8_kvcache: only bfloat16 and float16 caches are supported")
     if topk is not None:
         raise _C.Unsupported(f"topk: only dense attention is supported, expected None, got {topk}")
+    if cache_seqlens is None:
+        return FlashMLASchedMeta(), None
     if num_q_tokens_per_head_k is None:
         num_q_tokens_per_head_k = num_heads_per_head_k
     elif num_heads_per_head_k is not None:

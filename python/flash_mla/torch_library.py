@@ -14,7 +14,7 @@ from typing import Any
 
 from . import _C
 from .calls import MAX_STATES, METADATA_SIZE, Array, DecodeCall, MergeCall, States
-from .frameworks import TorchMemory, check_gradless
+from .frameworks import TorchMemory, check_gradless, note_written
 
 torch: Any = import_module("torch")
 
@@ -72,18 +72,12 @@ def dense_decode(call: DecodeCall) -> tuple[Array, Array]:
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.dense_decode.default(*inputs)
         return out, lse
-    _check_results(call)
+    check_gradless(out=call.out, lse=call.lse)
     out_shape, lse_shape = call.result_shapes()
     out = call.q.new_empty(out_shape) if call.out is None else call.out
     lse = call.q.new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
     torch.ops.flash_mla.dense_decode_into.default(*inputs, out, lse)
     return out, lse
-
-
-def _check_results(call: DecodeCall | MergeCall) -> None:
-    for name, result in (("out", call.out), ("lse", call.lse)):
-        if result is not None:
-            check_gradless(torch, name, result)
 
 
 def plan_dense_decode(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) -> tuple[Array, Array]:
@@ -106,7 +100,7 @@ def merge_states(call: MergeCall) -> tuple[Array, Array]:
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.merge_states.default(outs, lses)
         return out, lse
-    _check_results(call)
+    check_gradless(out=call.out, lse=call.lse)
     out = outs[0].new_empty(out_shape) if call.out is None else call.out
     lse = outs[0].new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
     torch.ops.flash_mla.merge_states_into.default(outs, lses, out, lse)
@@ -136,6 +130,7 @@ def _merge(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
 
 
 def _merge_into(outs: list[Array], lses: list[Array], out: Array, lse: Array) -> None:
+    check_gradless(out=out, lse=lse)
     _memory.merge_states(_to_merge_call(outs, lses, out, lse))
 
 
@@ -163,8 +158,12 @@ def _to_call(
 
 
 def _decode_in_memory(call: DecodeCall) -> tuple[Array, Array]:
+    check_gradless(out=call.out, lse=call.lse)
     results = _C.torch_dense_decode(*call, None)
-    return _memory.dense_decode(call) if results is None else results
+    if results is None:
+        return _memory.dense_decode(call)
+    note_written(call.out, call.lse)
+    return results
 
 
 # What runs on tensors that only have shapes.

@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 
+#include "api/argument.h"
 #include "api/check.h"
 #include "api/parts.h"
 #include "api/waits_for_memory.h"
@@ -195,15 +196,14 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   return params;
 }
 
-void check_workspace(const Workspace& needed, const void* workspace, std::size_t workspace_bytes) {
+void check_workspace(const Workspace& needed, void* workspace, std::size_t workspace_bytes) {
   if (workspace_bytes < needed.size || workspace == nullptr) {
     throw InvalidArgument("workspace: expected at least " + std::to_string(needed.size) + " bytes, got " +
                           (workspace == nullptr ? std::string("a null pointer") : std::to_string(workspace_bytes)));
   }
-  if (reinterpret_cast<std::uintptr_t>(workspace) % kWorkspaceAlignment != 0) {
-    throw InvalidArgument("workspace: expected an address that is a multiple of " +
-                          std::to_string(kWorkspaceAlignment) + " bytes");
-  }
+  Tensor memory;
+  memory.data = workspace;
+  checks::check_address_of_data({"workspace", memory}, kWorkspaceAlignment);
 }
 
 /// Decodes: one launch, and one before to plan where the caller gives no plan and the batch is large.

@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "api/parts.h"
 #include "scheduler/plan.h"
 
 namespace flash_mla::scheduler {
@@ -128,6 +130,16 @@ TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
 INSTANTIATE_TEST_SUITE_P(Lengths, SchedulerTest,
                          testing::Values("zero", "one", "equal", "short", "sparse", "long", "negative"),
                          [](const auto& info) { return info.param; });
+
+TEST(Scheduler, HasAPartForEachCtaThatTheSmsHold) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  EXPECT_EQ(num_sm_parts(132, 1, 1), 132);
+  EXPECT_EQ(num_sm_parts(132, 64, 1), 132);
+  EXPECT_EQ(num_sm_parts(132, 65, 1), 66);
+  EXPECT_EQ(num_sm_parts(132, 128, 2), 33);
+  EXPECT_EQ(num_sm_parts(132, kMost, 1), 1);
+  EXPECT_EQ(num_sm_parts(132, 1, kMost), 1);
+}
 
 TEST(Scheduler, SplitsEqualRequestsWhereBalanceIsWorthMerging) {
   struct Case {

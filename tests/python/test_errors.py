@@ -20,6 +20,7 @@ from flash_mla import _C, flash_mla_with_kvcache, get_mla_metadata
 BATCH, SEQLEN_Q, HEADS_Q, HEADS_K, PAGES, PAGE_SIZE, MAX_PAGES = 2, 3, 8, 2, 5, 64, 4
 PLAN = {"tile_scheduler_metadata": ((7, 8), "int32"), "num_splits": ((BATCH + 1,), "int32")}
 OPTIONAL = tuple(PLAN)
+SWAPPED_BFLOAT16 = np.dtype(ml_dtypes.bfloat16).newbyteorder(">")
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,8 @@ def call() -> dict[str, Any]:
             for dtype in (ml_dtypes.float8_e4m3fn, object, np.longdouble)
         ),
         ("q", np.zeros((2, 1, 4, 576), ">f2"), ValueError, "cannot be read through DLPack"),
+        ("q", np.zeros((2, 1, 4, 576), SWAPPED_BFLOAT16), ValueError, "cannot be read through DLPack"),
+        ("out", np.zeros((2, 1, 4, 512), SWAPPED_BFLOAT16), ValueError, "cannot be read through DLPack"),
         (
             "k_cache",
             np.zeros((2, 64, 1, 576), ml_dtypes.float8_e4m3fn),
@@ -308,6 +311,8 @@ def test_leaves_a_sched_meta_empty_after_an_error(call: dict[str, Any]) -> None:
         ({"is_fp8_kvcache": True}, RuntimeError, "^is_fp8_kvcache: .*bfloat16 and float16"),
         ({"is_fp8_kvcache": np.zeros(2)}, TypeError, "^is_fp8_kvcache: expected a bool, got ndarray"),
         ({"topk": 2048}, RuntimeError, "^topk: only dense attention"),
+        ({"topk": 2048, "cache_seqlens": None}, RuntimeError, "^topk: only dense attention"),
+        ({"is_fp8_kvcache": True, "cache_seqlens": None}, RuntimeError, "^is_fp8_kvcache: .*bfloat16 and float16"),
     ],
     ids=str,
 )

@@ -102,6 +102,7 @@ def test_with_metadata(library: Library, case: Case, plan: Callable[[Any], tuple
 
 def test_with_a_sched_meta(library: Library, case: Case) -> None:
     meta, nothing = get_mla_metadata()
+    assert meta != get_mla_metadata()[0]
     assert isinstance(meta, FlashMLASchedMeta)
     assert nothing is None
     assert not meta.have_initialized

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import weakref
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -52,6 +53,21 @@ def ways_to_call(case: Case) -> list[tuple[Any, Any]]:
     assert both[0][0] is out
     assert both[1][1] is lse
     return [decode(case), decode(case, **given), *metas, *both]
+
+
+def ways_to_write(case: Case) -> list[Any]:
+    """Calls that take out and lse: ours, and PyTorch's own operations that they may become."""
+    import_module("flash_mla.torch_library")  # registers these
+    operations = torch_module.ops.flash_mla
+    inputs = (case.q, case.k_cache, case.block_table, case.cache_seqlens)
+    out, lse = decode(case)
+    outs, lses = torch_module.stack([out, out]), torch_module.stack([lse, lse])
+    return [
+        lambda **results: decode(case, **results),
+        lambda **results: merge_states(outs, lses, **results),
+        lambda out=out, lse=lse: operations.dense_decode_into(*inputs, None, None, 0.04, True, out, lse),
+        lambda out=out, lse=lse: operations.merge_states_into([*outs], [*lses], out, lse),
+    ]
 
 
 def test_both_ways_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,42 +155,37 @@ def test_results_that_are_yet_to_be_negated(placed: Case, name: str) -> None:
     assert not result.any()
 
 
+@pytest.mark.parametrize("mode", ["enable_grad", "no_grad", "inference_mode"])
 @pytest.mark.parametrize("name", ["out", "lse"])
-def test_autograd_notices_what_is_written(placed: Case, name: str) -> None:
-    out, lse = decode(placed)
-    outs, lses = torch_module.stack([out, out]), torch_module.stack([lse, lse])
-    for call in (
-        lambda result: decode(placed, **{name: result}),
-        lambda result: merge_states(outs, lses, **{name: result}),
-    ):
-        result = torch_module.zeros_like(out if name == "out" else lse)
-        factor = torch_module.ones_like(result).requires_grad_()
-        product = (factor * result).sum()
-        call(result)
+def test_autograd_notices_what_is_written(placed: Case, name: str, mode: str) -> None:
+    for write in ways_to_write(placed):
+        result = torch_module.zeros_like(decode(placed)[0 if name == "out" else 1])
+        product = (torch_module.ones_like(result).requires_grad_() * result).sum()
+        with getattr(torch_module, mode)():
+            write(**{name: result})
+            write(**{name: torch_module.zeros_like(result)})  # in inference mode one that has no version
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.backward()
-        with torch_module.inference_mode():
-            call(torch_module.zeros_like(result))  # which has no version
+
+
+def test_autograd_does_not_take_a_refused_call_for_a_write(placed: Case) -> None:
+    out, lse = decode(placed)
+    version = out._version
+    with pytest.raises(TypeError, match=r"^lse: "):
+        decode(placed, out=out, lse=lse.int())
+    assert out._version == version
 
 
 @pytest.mark.parametrize("name", ["out", "lse"])
 def test_results_that_require_grad(placed: Case, name: str) -> None:
-    out, lse = decode(placed)
-    outs, lses = torch_module.stack([out, out]), torch_module.stack([lse, lse])
-    result = torch_module.zeros_like(out if name == "out" else lse).requires_grad_()
-
-    def traced() -> Any:
-        step = torch_module.compile(lambda: decode(placed, **{name: result}), backend="eager")
-        return step()
-
-    calls = (lambda: decode(placed, **{name: result}), lambda: merge_states(outs, lses, **{name: result}), traced)
-    for call in calls:
+    result = torch_module.zeros_like(decode(placed)[0 if name == "out" else 1]).requires_grad_()
+    compiled = torch_module.compile(lambda **results: decode(placed, **results), backend="eager")
+    for write in (*ways_to_write(placed), compiled):
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor that does not require grad, got one that"):
-            call()
-    assert not result.any()
-    with torch_module.no_grad():
-        for call in calls:
-            call()
+            write(**{name: result})
+        assert not result.any()
+        with torch_module.no_grad():
+            write(**{name: result})
             assert result.any()
             result.zero_()
 
