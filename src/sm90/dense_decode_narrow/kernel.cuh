@@ -11,6 +11,7 @@
 #include "sm90/dense_decode_narrow/traits.cuh"
 #include "sm90/primitives/arrive.cuh"
 #include "sm90/primitives/renew.cuh"
+#include "sm90/primitives/ring.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
 #include "sm90/ptx/warp.cuh"
@@ -26,7 +27,9 @@ struct NarrowDecodeKernel {
 
   __device__ static void init_shared(const DenseDecodeParams& params, Storage& shared) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.q_empty), Traits::kWarpgroupWarps * kArrivalsOfWarp);
+      for (auto& barrier : shared.q_empty) {
+        ptx::mbarrier_init(ptx::shared_address(&barrier), Traits::kWarpgroupWarps * kArrivalsOfWarp);
+      }
       ptx::mbarrier_init(ptx::shared_address(&shared.sums_full), Traits::kRows);
       ptx::mbarrier_init(ptx::shared_address(&shared.sums_empty), Traits::kConsumerWarps * kArrivalsOfWarp);
       for (auto& barrier : shared.kv_empty) {
@@ -37,14 +40,16 @@ struct NarrowDecodeKernel {
       }
       ptx::fence_mbarrier_init();
     }
-    clear_query_padding<Traits>(params, ptx::shared_address(shared.q), threadIdx.x, Traits::kConsumerThreads);
+    for (auto& q : shared.q) {
+      clear_query_padding<Traits>(params, ptx::shared_address(q), threadIdx.x, Traits::kConsumerThreads);
+    }
   }
 
   /// The barrier of the copies of Q, and those of KV's, as far as they are needed before all threads have met. By a
   /// thread of the warp that asks for them, and not by a lane for each: barriers are initialised one at a time all the
   /// same.
   __device__ static void init_query(Storage& shared) {
-    ptx::mbarrier_init(ptx::shared_address(&shared.q_full), 1);
+    for (auto& barrier : shared.q_full) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     ptx::fence_mbarrier_init();
   }
   __device__ static void init_kv(Storage& shared) {
@@ -56,12 +61,12 @@ struct NarrowDecodeKernel {
   /// Of the part's first request, before there is a plan. By a thread.
   __device__ static void load_first_query(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                           int head_k, int request) {
-    load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), request, tile,
+    load_query<Traits>(params, ptx::shared_address(shared.q[0]), ptx::shared_address(&shared.q_full[0]), request, tile,
                        head_k);
   }
   /// Waits for these copies, where no block needs them: their memory gets another use.
   __device__ static void drop_known_query(Storage& shared) {
-    ptx::mbarrier_wait(ptx::shared_address(&shared.q_full), 0);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.q_full[0]), 0);
   }
 
   /// Asks for the part's first block to come into L2, and the second of a long part: memory has time while the last
@@ -84,7 +89,7 @@ struct NarrowDecodeKernel {
   }
   /// The same for copies of Q that are of another request.
   static __device__ __noinline__ void drop_query(Storage& shared) {
-    renew_mbarrier(ptx::shared_address(&shared.q_full));
+    renew_mbarrier(ptx::shared_address(&shared.q_full[0]));
     ptx::fence_mbarrier_init();
   }
 
@@ -158,22 +163,22 @@ struct NarrowDecodeKernel {
       producer.load_piece(piece, head_k, has_first);
   }
 
-  /// Loads Q of each piece that has blocks, if that is not on its way, as soon as its memory is free. By a thread of
-  /// another warp than KV's, so that KV goes on arriving while a piece ends.
+  /// Loads Q of each piece that has blocks, if that is not on its way, as soon as there is memory: while the piece
+  /// before is worked. By a thread of another warp than KV's, so that KV does not wait for that memory.
   __device__ __forceinline__ static void produce_queries(const DenseDecodeParams& params, Storage& shared,
                                                          const QueryTile& tile, int head_k, int part_idx) {
-    std::uint32_t phase = 0;
+    RingPosition<Traits::kQuerySlots> at;
     PieceWalk walk(params, shared.plan, part_idx);
     Piece piece;
     for (bool has_query = shared.plan.has_query != 0; walk.next(piece); has_query = false) {
       if (piece.begin_block == piece.end_block) continue;
       // Who has not loaded must not wait for memory that nobody has used: that phase may be over, and the next one too.
       if (!has_query) {
-        ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty), phase ^ 1);
-        load_query<Traits>(params, ptx::shared_address(shared.q), ptx::shared_address(&shared.q_full), piece.request,
-                           tile, head_k);
+        ptx::mbarrier_wait(ptx::shared_address(&shared.q_empty[at.slot]), at.phase ^ 1);
+        load_query<Traits>(params, ptx::shared_address(shared.q[at.slot]), ptx::shared_address(&shared.q_full[at.slot]),
+                           piece.request, tile, head_k);
       }
-      phase ^= 1;
+      at = at + 1;
     }
   }
 };

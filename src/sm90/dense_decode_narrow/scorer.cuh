@@ -36,8 +36,7 @@ class NarrowScorer {
   /// P of a piece's blocks, of which there is at least one. Returns, for the thread's number as the row, if it is one,
   /// the maximum, times softmax_scale_log2, and the sum.
   __device__ __forceinline__ float2 run(const Piece& piece) {
-    ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), q_phase_);
-    q_phase_ ^= 1;
+    ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full[q_.slot]), q_.phase);
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
       row_max_[k] = kNoMax;
@@ -49,13 +48,14 @@ class NarrowScorer {
       ptx::wgmma_fence();
       issue_qk();
       ptx::wgmma_wait<0>();
-      if (block == piece.end_block - 1) arrive_of_warp(shared_.q_empty);
+      if (block == piece.end_block - 1) arrive_of_warp(shared_.q_empty[q_.slot]);
       if (block >= first_masked_block) mask(piece.seqlen_k, block * Traits::kBlockN);
       soften(block == piece.begin_block);
       ptx::mbarrier_arrive(ptx::shared_address(&shared_.p_full[at_.slot]));
       at_ = at_ + 1;
       __syncwarp();
     }
+    q_ = q_ + 1;
     return total();
   }
 
@@ -73,7 +73,7 @@ class NarrowScorer {
   /// S^T = K Q^T, chunk by chunk as they come. Whether one is there is looked up before the wgmmas of the chunk
   /// before it are issued: the answer takes as long as a wgmma does.
   __device__ __forceinline__ void issue_qk() {
-    const ptx::SwizzledOperand<16> q(ptx::shared_address(shared_.q));
+    const ptx::SwizzledOperand<16> q(ptx::shared_address(shared_.q[q_.slot]));
     const ptx::SwizzledOperand<16> k(ptx::shared_address(shared_.kv[at_.slot]));
     bool has_chunk = false;
 #pragma unroll
@@ -225,8 +225,8 @@ class NarrowScorer {
 
   const DenseDecodeParams& params_;
   NarrowStorage<Traits>& shared_;
-  std::uint32_t q_phase_ = 0;
-  RingPosition<Traits::kNumSlots> at_;  // the block
+  RingPosition<Traits::kQuerySlots> q_;  // the piece
+  RingPosition<Traits::kNumSlots> at_;   // the block
   float s_[Traits::kAccumulators];
   float row_max_[Traits::kRowsPerThread];
   float row_sum_[Traits::kRowsPerThread];  // over this thread's tokens only

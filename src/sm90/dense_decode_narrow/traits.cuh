@@ -21,6 +21,9 @@ struct NarrowTraits : TileTraits<Element> {
 
   static constexpr int kQChunkBytes = kRows * Base::kRowBytes;
   static constexpr int kPBytes = kRows * Base::kRowBytes;
+  /// Slots of Q: the next piece's arrives while this one is worked.
+  static constexpr int kQuerySlots = 2;
+  static constexpr int kQueryBytes = Base::kNumChunks * kQChunkBytes;
   /// Slots of the ring, a block each.
   static constexpr int kNumSlots = 2;
   static constexpr int kBlockBytes = Base::kNumChunks * Base::kChunkBytes;
@@ -49,10 +52,10 @@ struct NarrowTraits : TileTraits<Element> {
 template <class Traits>
 struct alignas(1024) NarrowStorage {
   /// The memory of Q, P and KV, where split requests are merged in the end.
-  static constexpr int kMergeBytes = Traits::kNumChunks * Traits::kQChunkBytes + Traits::kNumSlots * Traits::kPBytes +
+  static constexpr int kMergeBytes = Traits::kQuerySlots * Traits::kQueryBytes + Traits::kNumSlots * Traits::kPBytes +
                                      Traits::kNumSlots * Traits::kBlockBytes;
 
-  unsigned char q[Traits::kNumChunks][Traits::kQChunkBytes];
+  unsigned char q[Traits::kQuerySlots][Traits::kQueryBytes];
   unsigned char p[Traits::kNumSlots][Traits::kPBytes];
   unsigned char kv[Traits::kNumSlots][Traits::kNumChunks][Traits::kChunkBytes];  // chunk_in_slot
   /// For the block of a slot: maxima of the scorer's warps, whether O must be rescaled before P is taken, and by what.
@@ -65,8 +68,8 @@ struct alignas(1024) NarrowStorage {
   RowCoordinate rows[Traits::kRows];
   PartPlan plan;
   MergeBarriers merge_barriers;
-  std::uint64_t q_full;
-  std::uint64_t q_empty;
+  std::uint64_t q_full[Traits::kQuerySlots];
+  std::uint64_t q_empty[Traits::kQuerySlots];
   std::uint64_t sums_full;
   std::uint64_t sums_empty;
   std::uint64_t kv_full[Traits::kNumSlots][Traits::kNumChunks];
