@@ -62,7 +62,7 @@ def flash_mla_with_kvcache(
     out : array like q, shape (batch, seqlen_q, num_heads_q, 512), optional
         Where the result goes; a new array by default. (A tensor that requires grad is refused, unless grad is off.)
     lse : array of float32, shape (batch, num_heads_q, seqlen_q), optional
-        Where the log-sum-exp goes; the same.
+        Where the log-sum-exp goes; a new array by default, as for ``out``.
 
     Returns
     -------

@@ -309,10 +309,15 @@ def check_framework(framework: Framework, array: Array, name: str, like: str = "
 
 
 def check_gradless(**results: Array | None) -> None:
-    """Raises ``ValueError`` for a tensor of which PyTorch would record a gradient, and take what is written for it."""
+    """Raises ``ValueError`` for a tensor of PyTorch that requires grad, which would be that of its old values."""
     for name, result in results.items():
-        if getattr(result, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
+        if getattr(result, "requires_grad", False) and _records_grad(result):
             raise ValueError(f"{name}: expected a tensor that does not require grad, got one that does")
+
+
+def _records_grad(array: Array) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return hasattr(torch, "Tensor") and isinstance(array, torch.Tensor) and bool(torch.is_grad_enabled())
 
 
 def note_written(*results: Array | None) -> None:

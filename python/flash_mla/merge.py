@@ -40,7 +40,7 @@ def merge_states(
         Where the result goes; a new array like outs by default. (A tensor that requires grad is refused, unless grad is
         off.)
     lse : array of float32, shape (batch, num_heads_q, seqlen_q), optional
-        Where the log-sum-exp goes; the same.
+        Where the log-sum-exp goes; a new array by default, as for ``out``.
 
     Returns
     -------

@@ -11,7 +11,7 @@ namespace flash_mla {
 constexpr int kMaxSms = 144;
 
 /// The number of parts that keep `num_sms` SMs busy once: see dense_decode_num_sm_parts.
-inline std::int64_t num_sm_parts(int num_sms, std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k) {
+constexpr std::int64_t num_sm_parts(int num_sms, std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k) {
   const std::int64_t num_tiles = (num_q_tokens_per_head_k - 1) / sm90::kBlockM + 1;
   return std::max<std::int64_t>(num_sms / num_heads_k / num_tiles, 1);
 }

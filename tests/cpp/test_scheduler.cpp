@@ -137,8 +137,8 @@ TEST(Scheduler, HasAPartForEachCtaThatTheSmsHold) {
   EXPECT_EQ(num_sm_parts(132, 64, 1), 132);
   EXPECT_EQ(num_sm_parts(132, 65, 1), 66);
   EXPECT_EQ(num_sm_parts(132, 128, 2), 33);
-  EXPECT_EQ(num_sm_parts(132, kMost, 1), 1);
-  EXPECT_EQ(num_sm_parts(132, 1, kMost), 1);
+  static_assert(num_sm_parts(132, kMost, 1) == 1, "a constant, which must not overflow");
+  static_assert(num_sm_parts(132, 1, kMost) == 1);
 }
 
 TEST(Scheduler, SplitsEqualRequestsWhereBalanceIsWorthMerging) {

@@ -6,6 +6,7 @@ Arrays that claim to lie on a GPU have no memory: whatever looked at their value
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import flash_mla
@@ -245,6 +246,7 @@ def call() -> dict[str, Any]:
         ("block_table", [[0]], TypeError, "got list"),
         ("cache_seqlens", np.array([70.0, 5.0]), TypeError, "int32"),
         ("out", "there", TypeError, "got str"),
+        ("out", SimpleNamespace(requires_grad=True), TypeError, "array of PyTorch, CuPy, JAX or NumPy, got SimpleNam"),
         ("out", np.zeros((2, 1, 4, 576), np.float16), ValueError, "shape"),
         ("lse", np.zeros((2, 1, 4), np.float32), ValueError, "shape"),
         ("lse", np.zeros((2, 4, 1), ">f4"), ValueError, "DLPack"),

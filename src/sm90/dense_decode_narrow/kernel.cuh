@@ -45,7 +45,7 @@ struct NarrowDecodeKernel {
     }
   }
 
-  /// The barrier of the copies of Q, and those of KV's, as far as they are needed before all threads have met. By a
+  /// The barriers of the copies of Q, and those of KV's, as far as they are needed before all threads have met. By a
   /// thread of the warp that asks for them, and not by a lane for each: barriers are initialised one at a time all the
   /// same.
   __device__ static void init_query(Storage& shared) {
