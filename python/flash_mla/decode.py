@@ -118,7 +118,7 @@ def flash_mla_with_kvcache(
                 DecodeCall(q, k_cache, block_table, cache_seqlens, out, lse, None, num_splits, scale, bool(causal)),
             )
     if out is not None or lse is not None:
-        frameworks.check_gradless(out=out, lse=lse)
+        frameworks.check_gradless(out, lse)
     metadata, splits, extents = meta, num_splits, None
     if splits is None and meta is not None and isinstance(meta, FlashMLASchedMeta) and meta.have_initialized:
         metadata, splits, extents = meta.tile_scheduler_metadata, meta.num_splits, meta.config

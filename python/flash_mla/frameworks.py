@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +24,8 @@ def _is_read_by_dynamo() -> bool:
 # Whether the code that asks isn't run but read, by torch.compile or torch.export, which can't read the compiled module.
 # Every call of ours asks: with PyTorch at hand, PyTorch's own function stands here, which takes a fifth of the time.
 is_read_by_dynamo: Callable[[], bool] = _is_read_by_dynamo
+
+_increment_versions: Callable[[Sequence[Array]], None]  # PyTorch's, once it is at hand
 
 Result = TypeVar("Result")
 
@@ -138,7 +140,9 @@ class TorchMemory(DLPackFramework):
     name = "PyTorch"
 
     def __init__(self) -> None:
+        global _increment_versions
         self._torch = torch = import_module("torch")
+        _increment_versions = torch.autograd.graph.increment_version
         self._dtypes = {"float32": torch.float32, "int32": torch.int32}
         # PyTorch 2.11 and later: stream and workspace need no way through Python.
         self._has_exchange_table = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
@@ -308,21 +312,22 @@ def check_framework(framework: Framework, array: Array, name: str, like: str = "
     framework.check_array(array, name)
 
 
-def check_gradless(**results: Array | None) -> None:
+def check_gradless(out: Array | None, lse: Array | None) -> None:
     """Raises ``ValueError`` for a tensor of PyTorch that requires grad, which would be that of its old values."""
-    for name, result in results.items():
-        if getattr(result, "requires_grad", False) and _records_grad(result):
+    if not getattr(out, "requires_grad", False) and not getattr(lse, "requires_grad", False):
+        return
+    torch: Any = sys.modules.get("torch")
+    if not hasattr(torch, "Tensor") or not torch.is_grad_enabled():
+        return
+    for name, result in (("out", out), ("lse", lse)):
+        if result is not None and isinstance(result, torch.Tensor) and result.requires_grad:
             raise ValueError(f"{name}: expected a tensor that does not require grad, got one that does")
 
 
-def _records_grad(array: Array) -> bool:
-    torch: Any = sys.modules.get("torch")
-    return hasattr(torch, "Tensor") and isinstance(array, torch.Tensor) and bool(torch.is_grad_enabled())
-
-
-def note_written(*results: Array | None) -> None:
+def note_written(out: Array | None, lse: Array | None) -> None:
     """Tell PyTorch of the tensors that a caller gave for results, so that autograd notices where it has saved them."""
-    sys.modules["torch"].autograd.graph.increment_version([result for result in results if result is not None])
+    both = out is not None and lse is not None
+    _increment_versions((out, lse) if both else [result for result in (out, lse) if result is not None])
 
 
 def take_note_of_torch() -> None:

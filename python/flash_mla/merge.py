@@ -67,7 +67,7 @@ def merge_states(
 
         if torch_library.is_tensor(call.outs.arrays[0]):
             return torch_library.merge_states(call)
-    frameworks.check_gradless(out=out, lse=lse)
+    frameworks.check_gradless(out, lse)
     framework = framework_of(call.outs.arrays[0], like)
     for states in (call.outs, call.lses):
         for name, array in zip(states.names(), states.arrays, strict=True):

@@ -72,7 +72,7 @@ def dense_decode(call: DecodeCall) -> tuple[Array, Array]:
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.dense_decode.default(*inputs)
         return out, lse
-    check_gradless(out=call.out, lse=call.lse)
+    check_gradless(call.out, call.lse)
     out_shape, lse_shape = call.result_shapes()
     out = call.q.new_empty(out_shape) if call.out is None else call.out
     lse = call.q.new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
@@ -100,7 +100,7 @@ def merge_states(call: MergeCall) -> tuple[Array, Array]:
     if call.out is None and call.lse is None:
         out, lse = torch.ops.flash_mla.merge_states.default(outs, lses)
         return out, lse
-    check_gradless(out=call.out, lse=call.lse)
+    check_gradless(call.out, call.lse)
     out = outs[0].new_empty(out_shape) if call.out is None else call.out
     lse = outs[0].new_empty(lse_shape, dtype=torch.float32) if call.lse is None else call.lse
     torch.ops.flash_mla.merge_states_into.default(outs, lses, out, lse)
@@ -130,7 +130,7 @@ def _merge(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
 
 
 def _merge_into(outs: list[Array], lses: list[Array], out: Array, lse: Array) -> None:
-    check_gradless(out=out, lse=lse)
+    check_gradless(out, lse)
     _memory.merge_states(_to_merge_call(outs, lses, out, lse))
 
 
@@ -158,7 +158,7 @@ def _to_call(
 
 
 def _decode_in_memory(call: DecodeCall) -> tuple[Array, Array]:
-    check_gradless(out=call.out, lse=call.lse)
+    check_gradless(call.out, call.lse)
     results = _C.torch_dense_decode(*call, None)
     if results is None:
         return _memory.dense_decode(call)
