@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,7 @@ def _is_read_by_dynamo() -> bool:
 # Every call of ours asks: with PyTorch at hand, PyTorch's own function stands here, which takes a fifth of the time.
 is_read_by_dynamo: Callable[[], bool] = _is_read_by_dynamo
 
-_increment_versions: Callable[[Sequence[Array]], None]  # PyTorch's, once it is at hand
+_increment_version: Callable[[Array], None]  # PyTorch's, once it is at hand
 
 Result = TypeVar("Result")
 
@@ -140,9 +140,9 @@ class TorchMemory(DLPackFramework):
     name = "PyTorch"
 
     def __init__(self) -> None:
-        global _increment_versions
+        global _increment_version
         self._torch = torch = import_module("torch")
-        _increment_versions = torch.autograd.graph.increment_version
+        _increment_version = torch.autograd.graph.increment_version
         self._dtypes = {"float32": torch.float32, "int32": torch.int32}
         # PyTorch 2.11 and later: stream and workspace need no way through Python.
         self._has_exchange_table = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
@@ -326,8 +326,10 @@ def check_gradless(out: Array | None, lse: Array | None) -> None:
 
 def note_written(out: Array | None, lse: Array | None) -> None:
     """Tell PyTorch of the tensors that a caller gave for results, so that autograd notices where it has saved them."""
-    both = out is not None and lse is not None
-    _increment_versions((out, lse) if both else [result for result in (out, lse) if result is not None])
+    if out is not None:
+        _increment_version(out)
+    if lse is not None:
+        _increment_version(lse)
 
 
 def take_note_of_torch() -> None:

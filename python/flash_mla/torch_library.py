@@ -115,7 +115,9 @@ def _decode(*arguments: Any) -> tuple[Array, Array]:
 
 
 def _decode_into(*arguments: Any) -> None:
-    _decode_in_memory(_to_call(*arguments))
+    call = _to_call(*arguments)
+    check_gradless(call.out, call.lse)
+    _decode_in_memory(call)
 
 
 def _plan(cache_seqlens: Array, num_q_tokens_per_head_k: int, num_heads_k: int) -> tuple[Array, Array]:
@@ -158,7 +160,6 @@ def _to_call(
 
 
 def _decode_in_memory(call: DecodeCall) -> tuple[Array, Array]:
-    check_gradless(call.out, call.lse)
     results = _C.torch_dense_decode(*call, None)
     if results is None:
         return _memory.dense_decode(call)
