@@ -73,7 +73,7 @@ typedef struct flash_mla_dense_decode_arguments {
   flash_mla_tensor lse;
   flash_mla_tensor tile_scheduler_metadata;  ///< leave this and num_splits out, and the call plans by itself
   flash_mla_tensor num_splits;
-  float softmax_scale;  ///< finite and above 0; 0 stands for 576 ** -0.5
+  float softmax_scale;  ///< as in C++; 0 stands for 576 ** -0.5
   int32_t causal;       ///< 0: a query sees all keys; else bottom-right
 } flash_mla_dense_decode_arguments;
 

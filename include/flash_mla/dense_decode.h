@@ -40,7 +40,8 @@ struct DenseDecodeArguments {
   /// device. Their contents are ignored on the CPU.
   Tensor tile_scheduler_metadata;
   Tensor num_splits;
-  /// Finite and above 0.
+  /// Finite and above 0. On the GPU scores times it are float32: where they exceed 2^27, rows may be infinite or NaN,
+  /// or count as having no key.
   float softmax_scale = kDefaultSoftmaxScale;
   /// Query i of seqlen_q sees keys up to cache_seqlens - seqlen_q + i (bottom-right).
   bool causal = false;

@@ -54,7 +54,8 @@ def flash_mla_with_kvcache(
         What ``get_mla_metadata`` returned for these ``cache_seqlens``. Left out, the call plans by itself, on the
         device.
     softmax_scale : float, optional
-        Finite and above 0; ``576 ** -0.5`` by default.
+        Finite and above 0; ``576 ** -0.5`` by default. On the GPU scores times it are float32: where they exceed 2^27,
+        rows may be infinite or NaN, or count as having no key.
     causal : bool
         Query i of seqlen_q sees keys up to ``cache_seqlens - seqlen_q + i``.
     is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length

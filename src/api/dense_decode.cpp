@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <random>
 #include <string>
@@ -104,7 +105,8 @@ Workspace lay_out_workspace(const DenseDecodeShape& shape, const Work& work) {
   };
   const auto num_parts = static_cast<std::size_t>(work.num_parts);
   const std::size_t num_tiles = static_cast<std::size_t>(work.tiling.num_tiles * shape.num_heads_k);
-  const std::size_t slot_tiles = 2 * num_parts * num_tiles;
+  // One part splits nothing: however many tiles there are, they need no slots.
+  const std::size_t slot_tiles = num_parts > 1 ? 2 * num_parts * num_tiles : 0;
   Workspace workspace{};
   workspace.flags = shape.num_sm_parts > 0 ? 0 : num_parts * sizeof(scheduler::Part);
   workspace.slots = align(workspace.flags + num_tiles * sm90::kWordsPerPart * num_parts * sizeof(std::uint64_t));
@@ -183,7 +185,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.shares_kv = params.tiling.num_tiles > 1 && max_blocks > std::int64_t{kMaxMeanPart} * params.num_parts;
   params.waits_for_memory = waits_for_memory(cuda::device_properties(args.q.device.index), params.tiling.num_tiles);
   params.cluster_size = work.cluster_size;
-  params.softmax_scale_log2 = args.softmax_scale * kLog2E;
+  params.softmax_scale_log2 = std::min(args.softmax_scale * kLog2E, std::numeric_limits<float>::max());
   params.causal = args.causal;
   params.out = args.out.data;
   params.stride_out_batch = args.out.strides[0];

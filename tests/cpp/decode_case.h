@@ -6,12 +6,12 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "cpu/half.h"
 #include "flash_mla/flash_mla.h"
 #include "on_device.h"
 
@@ -23,17 +23,12 @@ constexpr Device kCpu{DeviceType::kCpu, 0};
 constexpr Device kGpu{DeviceType::kCuda, 0};
 
 inline std::uint16_t to_bfloat16(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  cpu::BFloat16 result;
+  cpu::from_float(value, result);
+  return result.bits;
 }
 
-inline float from_bfloat16(std::uint16_t value) {
-  const std::uint32_t bits = std::uint32_t{value} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
+inline float from_bfloat16(std::uint16_t value) { return cpu::to_float(cpu::BFloat16{value}); }
 
 inline std::vector<std::uint16_t> random_bfloat16(std::size_t size, std::uint32_t seed) {
   std::mt19937 random(seed);

@@ -373,6 +373,17 @@ TEST(MaxWorkspaceSize, GrowsWithTheRows) {
   EXPECT_GT(size(1, kMaxInt32), size(1, kMaxInt32 - 63));
 }
 
+TEST(MaxWorkspaceSize, NeedsNoSlotsWhereNothingIsSplit) {
+  DenseDecodeArguments args = right_call();
+  args.tile_scheduler_metadata = {};
+  args.num_splits = {};
+  constexpr std::int64_t kQueries = 4096;  // 2 KV heads of 4096 tiles
+  reshape(args.q, 4, kQueries, 128, 576);
+  reshape(args.out, 4, kQueries, 128, 512);
+  reshape(args.lse, 4, 128, kQueries);
+  EXPECT_EQ(dense_decode_max_workspace_size(args), 32 + 2 * kQueries * 5 * sizeof(std::uint64_t) + 96);
+}
+
 TEST(MaxWorkspaceSize, IsNothingForNothingAndRefusesWrongShapes) {
   DenseDecodeArguments args = right_call();
   reshape(args.q, 4, 2, 128, 512);

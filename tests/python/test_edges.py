@@ -114,6 +114,18 @@ def test_softmax_scale(device: Device, softmax_scale: float) -> None:
     check(make_case(Spec((1, 100, 300), num_heads_q=4, softmax_scale=softmax_scale), device))
 
 
+@pytest.mark.parametrize("softmax_scale", [1e9, 3e38])
+@pytest.mark.parametrize(("num_heads_q", "spare_columns"), [(4, 0), (4, 40), (16, 40), (64, 40)])
+def test_huge_scale_of_scores_that_are_0(
+    device: Device, num_heads_q: int, spare_columns: int, softmax_scale: float
+) -> None:
+    # The first query of the first request sees no key.
+    spec = Spec((1, 700, 0), 2, num_heads_q, causal=True, softmax_scale=softmax_scale, spare_columns=spare_columns)
+    case = make_case(spec, device)
+    case.q[:] = 0
+    check(case)
+
+
 @pytest.mark.parametrize("rising", [-200.0, -20.0, 5.0, 100.0, 1000.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_softmax_far_from_flat(device: Device, rising: float, dtype: str) -> None:

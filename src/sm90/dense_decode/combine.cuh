@@ -204,7 +204,7 @@ class Combine {
       const int row = first + (lane() >> lanes_log2);
       const int begin = row * n + (lane() & (lanes - 1));
       const int end = row < num_rows ? (row + 1) * n : 0;
-      float max = kNoScaledMax;
+      float max = kNoMax;
 #pragma unroll 1
       for (int i = begin; i < end; i += lanes) max = fmaxf(max, memory_.totals[i].x);
 #pragma unroll

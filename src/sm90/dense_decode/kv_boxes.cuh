@@ -53,7 +53,7 @@ class KvBoxes {
   __device__ __forceinline__ int look_up(const Piece& piece, int block, int box) const {
     const int token = block * Traits::kBlockN + box * rows_per_box_;
     if (block >= piece.end_block || token >= piece.seqlen_k) return kNoPage;
-    return __ldg(params_.block_table + piece.request * params_.stride_block_table + (token >> params_.page_size_log2));
+    return params_.block_table[piece.request * params_.stride_block_table + (token >> params_.page_size_log2)];
   }
 
   const DenseDecodeParams& params_;

@@ -30,7 +30,7 @@ class Consumer {
   __device__ __forceinline__ void reset() {
 #pragma unroll
     for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0F;
-    row_max[0] = row_max[1] = kNoScaledMax;
+    row_max[0] = row_max[1] = kNoMax;
     row_sum[0] = row_sum[1] = 0.0F;
   }
 

@@ -35,7 +35,7 @@ class Scorer {
     const int first_masked_block =
         __shfl_sync(~0U, max(shared_.rows[0].limit(params_, piece.seqlen_k), 0) / Traits::kBlockN, 0);
     take_query();
-    row_max_[0] = row_max_[1] = kNoScaledMax;
+    row_max_[0] = row_max_[1] = kNoMax;
     row_sum_[0] = row_sum_[1] = 0.0F;
     ptx::mbarrier_wait(ptx::shared_address(&shared_.q_full), piece_);
     piece_ ^= 1;

@@ -99,7 +99,7 @@ class NarrowProducer {
   __device__ __forceinline__ int look_up(const Piece& piece, int block, int box) const {
     const int token = block * Traits::kBlockN + box * box_tokens_;
     if (box * box_tokens_ >= Traits::kBlockN || block >= piece.end_block || token >= piece.seqlen_k) return kNoPage;
-    return __ldg(params_.block_table + piece.request * params_.stride_block_table + (token >> params_.page_size_log2));
+    return params_.block_table[piece.request * params_.stride_block_table + (token >> params_.page_size_log2)];
   }
 
   __device__ __forceinline__ void load_whole_block(int block, int page, int head_k) {

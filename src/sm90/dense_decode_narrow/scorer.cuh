@@ -115,7 +115,7 @@ class NarrowScorer {
     float offset[Traits::kRowsPerThread];
 #pragma unroll
     for (int k = 0; k < Traits::kRowsPerThread; ++k) {
-      offset[k] = row_max_[k] * scale_log2;
+      offset[k] = fmaxf(row_max_[k] * scale_log2, kNoMax);  // finite, however large the scale
       sum[k] = 0.0F;
     }
     std::uint32_t packed[Traits::kAccumulators / 2];

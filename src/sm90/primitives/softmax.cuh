@@ -5,10 +5,9 @@
 
 namespace flash_mla::sm90 {
 
-/// Running maximum before any key. Finite, so that no difference of two maxima is NaN; any real score is above it.
-constexpr float kNoMax = -1e30F;
-/// The same of scores times softmax_scale_log2, which may be lower.
-constexpr float kNoScaledMax = -3.402823466e38F;
+/// Running maximum before any key, of scores or of scores times softmax_scale_log2: the lowest finite number, so that
+/// no difference of two maxima is NaN.
+constexpr float kNoMax = -3.402823466e38F;
 
 /// The running maximum is kept, and O need not be rescaled, while a thread's sum of a row's P in a tile stays below
 /// this. Exact all the same: the final normalisation divides it out, and nothing is near overflow. The sums are needed
