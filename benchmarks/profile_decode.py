@@ -56,6 +56,8 @@ def main() -> None:
             **read(options.read.read_text()),
         }
         print(f"written to {report.write(result, options.json, '-profile', HERE / 'results')}")
+    elif (missing := machine.missing()) is not None:
+        raise SystemExit(f"profile_decode.py: {missing}")
     else:
         run(options.cases)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flash_mla.benchmark import report
-from flash_mla.benchmark.shapes import REFERENCE_SKELETON
+from flash_mla.benchmark.shapes import REFERENCE_SKELETON, SHAPES
 
 README = Path(__file__).parents[1] / "README.md"
 CONTEXT_PARALLEL = Path(__file__).parents[1] / "docs" / "context_parallel.md"
@@ -33,9 +33,9 @@ def main() -> None:
     options = parser.parse_args()
 
     every_run = report.of_kind("decode", options.results)
-    all_runs = [run for run in every_run if not table_tokens(run)]
+    all_runs = [run for run in every_run if not table_tokens(run) and has_named_cases(run)]
     if not all_runs:
-        raise SystemExit(f"no result of bench_decode.py in {options.results}")
+        raise SystemExit(f"no result of bench_decode.py with all named cases in {options.results}")
     by_gpu = {run["machine"]["gpu"]: run for run in all_runs}
     decodes = [by_gpu[gpu] for gpu in sorted(by_gpu, reverse=True)]
     several = report.of_kind("context_parallel", options.results)
@@ -70,6 +70,11 @@ def replaced(page: str, text: str) -> str:
 def table_tokens(decode: dict[str, Any]) -> int:
     """The tokens that block tables were given room for, or 0 where they were as wide as the longest request needs."""
     return max((case["shape"].get("table_tokens", 0) for case in decode["cases"]), default=0)
+
+
+def has_named_cases(decode: dict[str, Any]) -> bool:
+    """Whether all were measured: tables are not of what somebody tried out."""
+    return {case["shape"]["name"] for case in decode["cases"]} >= {shape.name for shape in SHAPES}
 
 
 def is_same_gpu(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -254,8 +259,12 @@ def profile_table(profile: dict[str, Any]) -> str:
 
 
 def context_parallel_tables(results: list[dict[str, Any]]) -> str:
-    """A table for the newest result of each number of ranks."""
-    newest = {result["ranks"]: result for result in results}
+    """A table for each number of ranks: of the newest result on GPUs, of named cases."""
+    newest = {
+        result["ranks"]: result
+        for result in results
+        if result["machine"]["gpu"] != "CPU" and not any(case["name"].startswith("-") for case in result["cases"])
+    }
     return "\n\n".join(context_parallel_table(newest[ranks]) for ranks in sorted(newest))
 
 

@@ -385,8 +385,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     on_gpus = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
     yield
-    # Not after an error: others may wait in a collective, which would wait for them. torchrun ends them.
+    # Not after an error: others may wait in a collective, which would wait for them. torchrun ends them. The last
+    # collective's tensor stays: PyTorch 2.6 may hang where a thread of gloo's drops the last reference to it meanwhile.
+    last = torch.zeros((), device=device)
+    dist.all_reduce(last)
     dist.destroy_process_group()
+    del last
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -29,8 +29,17 @@ class DecodeCall(NamedTuple):
 
     @property
     def arrays(self) -> tuple[Array | None, ...]:
-        """All but the two options."""
-        return self[:-2]
+        """All but the two options. (PyTorch 2.6 can't always compile a slice.)"""
+        return (
+            self.q,
+            self.k_cache,
+            self.block_table,
+            self.cache_seqlens,
+            self.out,
+            self.lse,
+            self.tile_scheduler_metadata,
+            self.num_splits,
+        )
 
     def with_plan(self, tile_scheduler_metadata: Array | None, num_splits: Array | None) -> DecodeCall:
         """The same call with another plan. (PyTorch before 2.7 can't compile ``_replace``.)"""

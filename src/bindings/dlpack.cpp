@@ -80,6 +80,16 @@ Device to_device(const char* name, nb::dlpack::device device) {
   }
 }
 
+/// Throws what the array's library says of an array that it does not export, with the argument's name.
+[[noreturn]] void refuse(const char* name, const nb::python_error& error) {
+  const auto message = [&] {
+    return std::string(name) + ": cannot be read through DLPack: " + nb::str(error.value()).c_str();
+  };
+  if (error.matches(PyExc_BufferError)) throw InvalidArgument(message());
+  if (error.matches(PyExc_RuntimeError)) throw InvalidType(message());  // PyTorch's, of a dtype that DLPack has not
+  throw error;
+}
+
 /// Calls array.__dlpack__ so that the producer neither synchronises nor makes another stream wait, which would end a
 /// graph capture: whoever calls the library has made the data ready on the stream it names.
 nb::object export_capsule(const char* name, nb::handle array) {
@@ -100,8 +110,7 @@ nb::object export_capsule(const char* name, nb::handle array) {
     }
     return array.attr("__dlpack__")(**options);
   } catch (const nb::python_error& e) {
-    if (!e.matches(PyExc_BufferError)) throw;
-    throw InvalidArgument(std::string(name) + ": cannot be read through DLPack: " + nb::str(e.value()).c_str());
+    refuse(name, e);
   }
 }
 
@@ -175,7 +184,7 @@ ShapeDType::ShapeDType(std::vector<std::int64_t> extents, const std::string& dty
 ArrayView::ArrayView(const char* name, nb::handle array, Access access) : api_(find_exchange_api(array.type())) {
   if (api_ != nullptr) {
     dlpack::dltensor view;
-    if (api_->view(array.ptr(), &view) != 0) throw nb::python_error();
+    if (api_->view(array.ptr(), &view) != 0) refuse(name, nb::python_error());
     tensor_ = to_tensor(name, view);
     return;
   }

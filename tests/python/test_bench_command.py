@@ -162,6 +162,7 @@ def test_takes_all_cases_or_those_that_are_named() -> None:
         (["--peers", "fa3,fa4"], "--peers: .*got 'fa4'"),
         (["--sweep", "compute_s1_4k"], "--sweep: expected no cases"),
         (["--plot", "/nowhere.json"], "No such file"),
+        (["--plot", __file__], "--plot: expected a result's JSON, got .*test_bench_command.py: "),
     ],
     ids=str,
 )
@@ -257,6 +258,10 @@ def test_tables_of_several_gpus() -> None:
     assert "OFF from one GPU's result: wrong." in of_two
     assert "All results agreed with one GPU's: out within 3e-05." in of_eight
     assert "on 8 NVIDIA H200" in of_eight
+    tried_out, on_the_cpu = ranks_result(8), ranks_result(8)
+    tried_out["cases"][0]["name"] = "--tokens 5000"
+    on_the_cpu["machine"]["gpu"] = "CPU"
+    assert readme_table().context_parallel_tables([old, right, new, tried_out, on_the_cpu]) == text
     assert readme_table().context_parallel_tables([]) == ""
 
 
@@ -292,6 +297,13 @@ def profiler_output(cases: int) -> str:
     rows = [header, [""] * len(header), *values]
     lines = ["==PROF== Connected", 'machine {"gpu": "NVIDIA H200"}', *(f"case c{i}" for i in range(cases))]
     return "\n".join([*lines, *(",".join(f'"{cell}"' for cell in row) for row in rows)])
+
+
+@pytest.mark.skipif(hopper.missing() is None, reason="with a Hopper GPU it would run")
+def test_profiles_nothing_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["profile_decode.py"])
+    with pytest.raises(SystemExit, match=r"profile_decode\.py: needs a Hopper GPU"):
+        load_script("profile_decode").main()
 
 
 def test_reads_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +401,13 @@ def test_prints_the_ratios_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
 def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
     readme_table().main()
+
+
+def test_takes_no_tables_from_a_part_of_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some.json").write_text(json.dumps(decode_result(SHAPES[1:])))
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no result of bench_decode\.py with all named cases"):
+        readme_table().main()
 
 
 def test_sees_tables_that_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

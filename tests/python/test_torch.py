@@ -176,6 +176,12 @@ def test_autograd_does_not_take_a_refused_call_for_a_write(placed: Case) -> None
     assert out._version == version
 
 
+def test_what_pytorch_does_not_export_is_named(placed: Case) -> None:
+    placed.k_cache = torch_module.empty(placed.k_cache.shape, dtype=torch_module.bits8, device=placed.k_cache.device)
+    with pytest.raises(TypeError, match=r"^k_cache: cannot be read through DLPack: "):
+        decode(placed)
+
+
 @pytest.mark.parametrize("name", ["out", "lse"])
 def test_results_that_require_grad(placed: Case, name: str) -> None:
     result = torch_module.zeros_like(decode(placed)[0 if name == "out" else 1]).requires_grad_()

@@ -183,7 +183,13 @@ def _draw(path: Path, png: Path | None) -> int:
     from . import plots
 
     try:
-        print(f"drawn to {plots.draw(json.loads(path.read_text()), png or path.with_suffix('.png'))}")
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        return _refuse(f"--plot: expected a result's JSON, got {path}: {error}")
+    if not isinstance(result, dict):
+        return _refuse(f"--plot: expected a result's JSON, got {path}, which holds a {type(result).__name__}")
+    try:
+        print(f"drawn to {plots.draw(result, png or path.with_suffix('.png'))}")
     except (plots.NothingToDrawError, ImportError) as error:
         return _refuse(f"--plot: {error}")
     return 0
