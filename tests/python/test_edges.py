@@ -41,6 +41,11 @@ def test_nothing_to_see(device: Device, lengths: tuple[int, ...], num_pages: int
     check(make_case(spec, device))
 
 
+def test_more_tiles_than_a_gpu_has_sms(device: Device) -> None:
+    """One part then, which splits nothing and has no memory for pieces."""
+    check(make_case(Spec((300, 0, 139), 140, num_heads_q=64, causal=True), device))
+
+
 @pytest.mark.parametrize("num_heads", [(1, 1), (17, 1), (40, 1), (64, 1), (100, 1), (128, 1), (66, 2), (160, 8)])
 @pytest.mark.parametrize("seqlen_q", [1, 3])
 @pytest.mark.parametrize("length", [0, 1, 64, 65, 500, 1024, 2111])
