@@ -381,6 +381,7 @@ TEST(MaxWorkspaceSize, NeedsNoSlotsWhereNothingIsSplit) {
   reshape(args.q, 4, kQueries, 128, 576);
   reshape(args.out, 4, kQueries, 128, 512);
   reshape(args.lse, 4, 128, kQueries);
+  // The plan's row and the tiles' flags, filled up to a line.
   EXPECT_EQ(dense_decode_max_workspace_size(args), 32 + 2 * kQueries * 5 * sizeof(std::uint64_t) + 96);
 }
 
