@@ -97,7 +97,7 @@ FLASH_MLA_API const char* flash_mla_last_error(void);
 /// The cudaError_t or CUresult of the last call that failed on this thread, 0 if it failed without one.
 FLASH_MLA_API int32_t flash_mla_last_cuda_error(void);
 
-/// Sets the strides of a row-major tensor from its rank and shape.
+/// Sets the strides of a row-major tensor from its rank and shape. Where it fails, none of them.
 FLASH_MLA_API flash_mla_status flash_mla_set_contiguous_strides(flash_mla_tensor* tensor);
 
 /// The first extent of tile_scheduler_metadata; see dense_decode_num_sm_parts in plan.h.

@@ -180,14 +180,16 @@ flash_mla_status flash_mla_set_contiguous_strides(flash_mla_tensor* tensor) {
   return fm::guarded([&] {
     flash_mla_tensor& t = fm::require("tensor", tensor);
     fm::check_rank({"tensor", {}}, t.rank);
+    std::array<std::int64_t, fm::kMaxRank> strides{};
     std::int64_t stride = 1;
     for (int i = t.rank - 1; i >= 0; --i) {
-      t.strides[i] = stride;
+      strides[i] = stride;
       if (t.shape[i] < 0 || __builtin_mul_overflow(stride, t.shape[i], &stride)) {
         fm::fail("tensor", "extents of at least 0, and fewer than 2^63 elements",
                  std::to_string(t.shape[i]) + " as extent " + std::to_string(i));
       }
     }
+    std::copy_n(strides.begin(), t.rank, t.strides);
   });
 }
 

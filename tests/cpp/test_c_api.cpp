@@ -301,10 +301,11 @@ TEST(CApi, NamesPointersThatAreNull) {
 
 TEST(CApi, RefusesExtentsWithoutStrides) {
   constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
-  flash_mla_tensor t{nullptr, FLASH_MLA_INT32, FLASH_MLA_CPU, 0, 2, {2, -1}, {}};
+  flash_mla_tensor t{nullptr, FLASH_MLA_INT32, FLASH_MLA_CPU, 0, 3, {kHuge, 2, 3}, {7, 8, 9}};
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
-  t.shape[1] = kHuge;
+  t.shape[1] = -1;
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(t.strides[i], 7 + i) << "it failed";
   t.rank = 6;
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_mla_last_error(), "tensor: expected rank 0 to 5, got 6");
