@@ -305,7 +305,7 @@ TEST(CApi, RefusesExtentsWithoutStrides) {
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
   t.shape[1] = -1;
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
-  for (int i = 0; i < 3; ++i) EXPECT_EQ(t.strides[i], 7 + i) << "it failed";
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(t.strides[i], 7 + i) << "stride " << i;
   t.rank = 6;
   EXPECT_EQ(flash_mla_set_contiguous_strides(&t), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_mla_last_error(), "tensor: expected rank 0 to 5, got 6");
