@@ -17,6 +17,7 @@
 #include "sm90/ptx/math.cuh"
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
+#include "sm90/ptx/warp.cuh"
 
 // Merging the pieces of a split request, within the decode kernel. Parts merge a slice of the tile each: see
 // SplitRequest. Who may wait for whom: see split_group.cuh.
@@ -41,6 +42,19 @@ class Combine {
   static constexpr int kLoadingWarps = kWarps - kWeighingWarps;
   static_assert(kWeighingWarps == kLoadingWarps && kWarps == MergeBarriers::kNumShares, "what MergeBarriers counts");
 
+  /// Whether there is a lane for each total of any slice that is not added in shares, and a warp left over.
+  static constexpr bool has_lane_for_each_total() {
+    for (int n = 2; n <= scheduler::kMaxParts; ++n) {
+      const int units = Memory::max_units(n);
+      if (units == 1 && n >= Sums::kMinPiecesInShares) continue;
+      int lanes = 2;
+      while (lanes < n) lanes *= 2;
+      if (lanes > 32 || units * Slot::kRowsOfUnit * lanes > 32 * (kWeighingWarps - 1)) return false;
+    }
+    return true;
+  }
+  static constexpr bool kHasLaneForEachTotal = has_lane_for_each_total();
+
  public:
   /// `rows`: of the tile, outside of `shared`: shared memory that nothing else uses any more once all consumers are
   /// here, aligned to 16 bytes. `barriers`: not used before; clear_flags waits for `seen`.
@@ -57,9 +71,10 @@ class Combine {
         share_loaded_(ptx::shared_address(&barriers.share_loaded)) {}
 
   /// `is_last`: of the slices of this request that the CTA merges, after which it looks at no flag any more. `keeps`:
-  /// the first of two pieces is in shared memory, and the other is fetched by another warp.
+  /// the first of two pieces is in shared memory, and the other is fetched by another warp. `ends`: nothing is left to
+  /// do, so the threads end, which is sooner than by way of what calls this.
   __device__ __forceinline__ void run(const SplitRequest& split, int slice_idx, bool is_last, std::uint64_t& seen,
-                                      bool keeps) {
+                                      bool keeps, bool ends) {
     const Slice slice = Slice::of_tile(Slot::kNumUnits, slice_idx, split.num_slices);
     const int n = split.num_pieces;
     memory_.lay_out(n, slice.count);
@@ -67,9 +82,9 @@ class Combine {
     ptx::fence_proxy_async();
     sync();  // shared memory is free
     if (slice.count == 1 && n >= Sums::kMinPiecesInShares) {
-      merge<true>(split, Slice{slice.first, 1}, is_last, seen, false);
+      merge<true>(split, Slice{slice.first, 1}, is_last, seen, false, ends);
     } else {
-      merge<false>(split, slice, is_last, seen, keeps);
+      merge<false>(split, slice, is_last, seen, keeps, ends);
     }
   }
 
@@ -84,14 +99,24 @@ class Combine {
   /// itself, and a weighing warp the one before. A slice whose size is known has code of its own, which is shorter.
   template <bool kInShares>
   __device__ __forceinline__ void merge(const SplitRequest& split, const Slice& slice, bool is_last,
-                                        std::uint64_t& seen, bool keeps) {
+                                        std::uint64_t& seen, bool keeps, bool ends) {
     int n = split.num_pieces;
     ptx::launder(n);  // what is computed from it, is here, and takes no registers before
     const int num_rows = slice.count * Slot::kRowsOfUnit;
     const int share = warp() % kLoadingWarps * 2 + warp() / kWeighingWarps;
+    constexpr bool kAtOnce = !kInShares && kHasLaneForEachTotal;
     if (warp() < kWeighingWarps) {
-      gather(split, slice, num_rows, keeps);
-      weigh(num_rows, n);
+      if constexpr (!kAtOnce) {
+        gather(split, slice, num_rows, keeps);
+        weigh(num_rows, n);
+      } else {
+        if (warp() < kWeighingWarps - 1) {
+          weigh_at_once(split, slice, num_rows, n);
+        } else if (lane() < num_rows) {
+          place(split.request, slice, lane());
+        }
+        ptx::mbarrier_arrive(gathered_);
+      }
       ptx::mbarrier_arrive(rows_known_);
     } else {
       if (warp() == kWeighingWarps && lane() < MergeBarriers::kNumShares) {
@@ -102,7 +127,7 @@ class Combine {
           ptx::mbarrier_arrive_expect(share_loaded(lane()), pieces * slice.count * Slot::kUnitBytes);
         }
       }
-      place_rows(split.request, slice, num_rows);
+      if constexpr (!kAtOnce) place_rows(split.request, slice, num_rows);
       ptx::mbarrier_arrive(rows_known_);
       if (!keeps) load<kInShares>(split, slice, n, share);
       if (is_last) arrive_of_warp(seen);
@@ -127,6 +152,7 @@ class Combine {
         sums.template add<2>(slice.count, n);
       }
     }
+    if (ends) ptx::exit_thread();
     phase_ ^= 1;
   }
 
@@ -195,9 +221,9 @@ class Combine {
     __syncwarp();
   }
 
-  /// Finds the weights of each row's pieces. Some lanes look after a row, a lane for each piece if there are enough.
+  /// Finds the weights of each row's pieces.
   __device__ __forceinline__ void weigh(int num_rows, int n) const {
-    const int lanes_log2 = min(32 - __clz(n - 1), 5);
+    const int lanes_log2 = log2_lanes_of_row(n);
     const int lanes = 1 << lanes_log2;
 #pragma unroll 1
     for (int first = warp() * 32 >> lanes_log2; first < num_rows; first += kWeighingWarps * 32 >> lanes_log2) {
@@ -207,11 +233,7 @@ class Combine {
       float max = kNoMax;
 #pragma unroll 1
       for (int i = begin; i < end; i += lanes) max = fmaxf(max, memory_.totals[i].x);
-#pragma unroll
-      for (int other = 16; other > 0; other /= 2) {
-        const float its = __shfl_xor_sync(~0U, max, other);
-        if (other < lanes) max = fmaxf(max, its);
-      }
+      max = max_of_row(max, lanes);
       float sum = 0.0F;
 #pragma unroll 1
       for (int i = begin; i < end; i += lanes) {
@@ -220,17 +242,55 @@ class Combine {
         sum = fmaf(weight, of_piece.y, sum);
         memory_.weights[i + row * (Memory::weights_of_row(n) - n)] = weight * of_piece.z;
       }
-#pragma unroll
-      for (int other = 16; other > 0; other /= 2) {
-        const float its = __shfl_xor_sync(~0U, sum, other);
-        if (other < lanes) sum += its;
-      }
-      if (begin == row * n && end > 0) {
-        memory_.results[row].max = max;
-        memory_.results[row].sum = sum;
-        memory_.results[row].inverse_sum = inverse_sum(sum);
-      }
+      sum = sum_of_row(sum, lanes);
+      if (begin == row * n && end > 0) put_sums(row, max, sum);
     }
+  }
+
+  /// The same, a lane for each total, which it takes itself: nobody waits for all of them.
+  __device__ __forceinline__ void weigh_at_once(const SplitRequest& split, const Slice& slice, int num_rows,
+                                                int n) const {
+    const int lanes_log2 = log2_lanes_of_row(n);
+    const int lanes = 1 << lanes_log2;
+    const int row = static_cast<int>(threadIdx.x) >> lanes_log2;
+    const int piece = lane() & (lanes - 1);
+    if (warp() * 32 >= num_rows << lanes_log2) return;
+    Total total{kNoMax, 0.0F, 0.0F};
+    const bool has_total = piece < n && row < num_rows;
+    if (has_total) {
+      const Slot slot(params_, split.slot(piece), tile_.index(params_.tiling, head_k_));
+      total = Total::take(slot.totals(slice.first) + row, params_.token);
+    }
+    __syncwarp();
+    const float max = max_of_row(fmaxf(total.max, kNoMax), lanes);
+    const float weight = ptx::exp2_approx(total.max - max);
+    if (has_total) memory_.weights[row * Memory::weights_of_row(n) + piece] = weight * total.scale;
+    const float sum = sum_of_row(weight * total.sum, lanes);
+    if (piece == 0 && row < num_rows) put_sums(row, max, sum);
+  }
+
+  /// Lanes that look after a row: one for each piece, if there are enough.
+  __device__ static int log2_lanes_of_row(int n) { return min(32 - __clz(n - 1), 5); }
+  __device__ __forceinline__ static float max_of_row(float value, int lanes) {
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) {
+      const float its = __shfl_xor_sync(~0U, value, other);
+      if (other < lanes) value = fmaxf(value, its);
+    }
+    return value;
+  }
+  __device__ __forceinline__ static float sum_of_row(float value, int lanes) {
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) {
+      const float its = __shfl_xor_sync(~0U, value, other);
+      if (other < lanes) value += its;
+    }
+    return value;
+  }
+  __device__ __forceinline__ void put_sums(int row, float max, float sum) const {
+    memory_.results[row].max = max;
+    memory_.results[row].sum = sum;
+    memory_.results[row].inverse_sum = inverse_sum(sum);
   }
 
   __device__ __forceinline__ void write_lse(int num_rows) const {
@@ -306,8 +366,9 @@ __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, St
     const SliceRange slices = shared.plan.slices[i];
 #pragma unroll 1
     for (int slice = slices.begin; slice < slices.end; ++slice) {
-      combine.run(split, slice, slice == slices.end - 1, shared.merge_barriers.seen[i],
-                  i == 1 && shared.plan.keeps_piece != 0);
+      const bool is_last = slice == slices.end - 1;
+      const bool ends = is_last && (i == 0 || shared.plan.splits[0].num_pieces == 0);
+      combine.run(split, slice, is_last, shared.merge_barriers.seen[i], i == 1 && shared.plan.keeps_piece != 0, ends);
     }
   }
 }

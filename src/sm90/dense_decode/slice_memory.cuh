@@ -10,9 +10,13 @@ struct Slice {
   int first;
   int count;
 
+  /// Begins at unit num_units * slice / num_slices, rounded down. By a reciprocal, which takes fewer instructions, and
+  /// is exact: half a unit more of the dividend keeps the quotient away from whole numbers by more than rounding errs.
   __device__ __forceinline__ static Slice of_tile(int num_units, int slice, int num_slices) {
-    const int first = num_units * slice / num_slices;
-    return {first, num_units * (slice + 1) / num_slices - first};
+    const float inverse = __frcp_rn(static_cast<float>(num_slices));
+    const auto begin_of = [&](int s) { return static_cast<int>((static_cast<float>(num_units * s) + 0.5F) * inverse); };
+    const int first = begin_of(slice);
+    return {first, begin_of(slice + 1) - first};
   }
 };
 
@@ -59,10 +63,14 @@ struct SliceMemory {
     weights = reinterpret_cast<float*>(results + num_rows);
   }
 
+  /// Of a slice. Of two pieces one CTA may merge all: SplitRequest::first_merges_all.
+  static constexpr int max_units(int num_pieces) {
+    return num_pieces == 2 ? Slot::kNumUnits : (Slot::kNumUnits + num_pieces - 1) / num_pieces;
+  }
+
  private:
   static constexpr int bytes(int num_pieces) {
-    // Of two pieces one CTA may merge all: SplitRequest::first_merges_all.
-    const int units = num_pieces == 2 ? Slot::kNumUnits : (Slot::kNumUnits + num_pieces - 1) / num_pieces;
+    const int units = max_units(num_pieces);
     const int rows = units * Slot::kRowsOfUnit;
     return num_pieces * (units * Slot::kUnitBytes + rows * static_cast<int>(sizeof(float4))) +
            rows * static_cast<int>(sizeof(Result) + weights_of_row(num_pieces) * sizeof(float));

@@ -108,9 +108,11 @@ __device__ inline void share_splits(const DenseDecodeParams& params, const TileF
         ptx::mbarrier_arrive(ptx::shared_address(&plan.slices_known[i]));
       }
       if (split.has_piece(part_idx) && !keeps) {
-        ptx::mbarrier_wait(ptx::shared_address(&plan.piece_written[i]), 0);
+        std::uint64_t* const flag = flags.written(split.slot(own));  // found before the piece is written
+        const std::uint64_t token = params.token;
         if (own == 0) *flags.readers(part_idx) = 0;
-        ptx::store_release(flags.written(split.slot(own)), params.token);
+        ptx::mbarrier_wait(ptx::shared_address(&plan.piece_written[i]), 0);
+        ptx::store_release(flag, token);
       }
       if (!is_together) {
         const std::uint64_t done = ptx::atomic_add(flags.decision(split.first_part), 1) & TileFlags::kStateMask;

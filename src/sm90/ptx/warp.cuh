@@ -18,4 +18,7 @@ __device__ __forceinline__ bool elect_one() {
   return is_elected != 0;
 }
 
+/// Ends the calling thread. PTX ISA, "exit".
+__device__ __forceinline__ void exit_thread() { asm volatile("exit;"); }
+
 }  // namespace flash_mla::ptx
