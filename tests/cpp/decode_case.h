@@ -103,6 +103,13 @@ inline DenseDecodeArguments make_arguments(const Extents& e, Device device, std:
   return args;
 }
 
+/// Leaves a case's first requests.
+inline void take_first(DenseDecodeArguments& args, std::int64_t batch) {
+  for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
+    tensor->shape[0] = batch;
+  }
+}
+
 inline DenseDecodeArguments host_arguments(HostCase& host, Device device) {
   return make_arguments(host.extents, device, host.q.data(), host.k_cache.data(), host.block_table.data(),
                         host.cache_seqlens.data(), host.out.data(), host.lse.data());
@@ -139,6 +146,33 @@ struct GivenPlan {
   }
 
   OnDevice<std::int32_t> metadata, num_splits;
+};
+
+/// A decode in a graph, on a stream of its own.
+class CapturedDecode {
+ public:
+  CapturedDecode(const DenseDecodeArguments& args, void* workspace, std::size_t workspace_bytes) {
+    EXPECT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
+    cudaGraph_t graph = nullptr;
+    EXPECT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    dense_decode(args, workspace, workspace_bytes, stream_);
+    EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
+    EXPECT_EQ(cudaGraphInstantiate(&graph_, graph, 0), cudaSuccess);
+    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  }
+  ~CapturedDecode() {
+    cudaGraphExecDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+  CapturedDecode(const CapturedDecode&) = delete;
+  CapturedDecode& operator=(const CapturedDecode&) = delete;
+
+  void replay() const { EXPECT_EQ(cudaGraphLaunch(graph_, stream_), cudaSuccess); }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraphExec_t graph_ = nullptr;
 };
 
 /// Decodes on the GPU, in the current context, and holds the results against the CPU's.

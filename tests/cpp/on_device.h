@@ -25,13 +25,18 @@ class OnDevice {
  public:
   explicit OnDevice(const std::vector<T>& host) : size_(host.size()) {
     EXPECT_EQ(cudaMalloc(&data_, size_ * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
+    set(host);
   }
   ~OnDevice() { cudaFree(data_); }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
   T* data() const { return static_cast<T*>(data_); }
+  /// Of the same size.
+  void set(const std::vector<T>& host) const {
+    EXPECT_EQ(host.size(), size_);
+    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
+  }
   std::vector<T> to_host() const {
     std::vector<T> host(size_);
     EXPECT_EQ(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);

@@ -76,73 +76,6 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   }
 }
 
-/// What says that a piece is there, or a row's total. If it stays, it tells so to a replayed graph too, which has the
-/// same token. Flags are the workspace's first words where a plan is given: of each tile two for each part, whether its
-/// CTA runs, a count, and how its request is merged. Slots follow, in each of which a tile has values, then totals of
-/// two words, the second with the token.
-TEST_F(DenseDecodeGpu, LeavesNothingAnnounced) {
-  const int batch_of_all = static_cast<int>(kSeqlens.size());
-  constexpr int kManyParts = 160;  // more CTAs than SMs: not all run at the same time
-  struct Case {
-    int num_heads_q;
-    int batch;
-    int num_parts;   // of the plan; 0: as many as are advised
-    bool is_broken;  // the plan contradicts itself
-  };
-  for (const Case& c :
-       {Case{16, batch_of_all, 0, false}, Case{32, batch_of_all, 0, false}, Case{128, batch_of_all, 0, false},
-        Case{16, 1, 0, false}, Case{32, 1, 0, false}, Case{128, 1, 0, false}, Case{16, batch_of_all, 2, false},
-        Case{32, batch_of_all, 3, false}, Case{128, batch_of_all, 2, false}, Case{16, batch_of_all, kManyParts, false},
-        Case{128, batch_of_all, kManyParts, false}, Case{16, batch_of_all, 0, true},
-        Case{128, batch_of_all, 0, true}}) {
-    SCOPED_TRACE(std::to_string(c.num_heads_q) + " heads, batch " + std::to_string(c.batch) + ", " +
-                 std::to_string(c.num_parts) + " parts" + (c.is_broken ? ", broken plan" : ""));
-    HostCase host(Extents{c.num_heads_q, 1, 64, false});
-    if (c.batch == 1) host.cache_seqlens[0] = 777;  // few pieces, so that other CTAs merge too
-    DeviceCase device(host);
-    DenseDecodeArguments& args = device.args;
-    for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
-      tensor->shape[0] = c.batch;
-    }
-    const std::int64_t planned_parts =
-        c.num_parts > 0 ? c.num_parts : dense_decode_num_sm_parts(c.num_heads_q, 1, kGpu);
-    const GivenPlan plan(args, planned_parts);
-    std::vector<std::int32_t> rows_of_plan = plan.metadata.to_host();
-    for (std::int64_t part = 2; c.is_broken && part < planned_parts; part += 3) {
-      std::int32_t* const row = &rows_of_plan[part * kTileSchedulerMetadataSize];
-      if (row[1] > 0) ++row[5];  // begins within a request; which part begins that
-    }
-    const OnDevice<std::int32_t> metadata(rows_of_plan);
-    args.tile_scheduler_metadata.data = metadata.data();
-    const std::size_t size = dense_decode_workspace_size(args);
-    const OnDevice<std::uint64_t> workspace(std::vector<std::uint64_t>((size + 7) / 8, 0));
-    // A request of few heads that is alone gets a part for each block that the table has room for.
-    const std::int64_t parts = c.batch == 1 && c.num_heads_q <= 32 ? kMaxTokens / 64 : planned_parts;
-    const std::int64_t rows = c.num_heads_q > 32 ? 64 : c.batch == 1 ? 16 : c.num_heads_q;
-    const std::int64_t tiles = c.num_heads_q / rows;
-    const std::int64_t totals = rows * 2;                           // of a tile: of each row for each consumer
-    const std::int64_t values = rows * 512 / (rows == 64 ? 4 : 2);  // words: float16, float32
-    const std::int64_t tile_words = values + 2 * totals;
-    const std::int64_t slots = (tiles * 5 * parts + 15) / 16 * 16;  // they begin at a line
-    ASSERT_EQ(static_cast<std::int64_t>(size / 8), slots + 2 * parts * tiles * tile_words);
-    for (int launch = 0; launch < 10; ++launch) {
-      dense_decode(args, workspace.data(), size, nullptr);
-      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-      const std::vector<std::uint64_t> words = workspace.to_host();
-      for (std::int64_t word = 0; word < 5 * parts * tiles; ++word) {
-        const bool is_count = word / parts % 5 == 3;
-        ASSERT_TRUE(is_count || words[word] == 0) << "launch " << launch << ", word " << word;
-      }
-      for (std::int64_t slot = 0; slot < 2 * parts * tiles; ++slot) {
-        const std::int64_t end = slots + (slot + 1) * tile_words;
-        for (std::int64_t total = 0; total < totals; ++total) {
-          ASSERT_EQ(words[end - 2 * total - 1], 0U) << "launch " << launch << ", slot " << slot << ", total " << total;
-        }
-      }
-    }
-  }
-}
-
 /// A decode may begin while the kernel before it still writes lengths, pages and the plan.
 TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
   struct Case {
@@ -171,9 +104,7 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
     const HostCase host(c.extents);
     DeviceCase device(host);
     DenseDecodeArguments& args = device.args;
-    for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
-      tensor->shape[0] = c.batch;
-    }
+    take_first(args, c.batch);
     const std::int64_t parts =
         c.parts > 0 ? c.parts : dense_decode_num_sm_parts(c.extents.num_heads_q * c.extents.seqlen_q, 1, kGpu);
     const int plan_size = static_cast<int>(parts) * kTileSchedulerMetadataSize;
@@ -263,23 +194,13 @@ TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
       SCOPED_TRACE(name_of({extents, 0}) + ", batch " + std::to_string(batch));
       const HostCase host(extents);
       DeviceCase device(host);
-      for (Tensor* tensor :
-           {&device.args.q, &device.args.block_table, &device.args.cache_seqlens, &device.args.out, &device.args.lse}) {
-        tensor->shape[0] = batch;
-      }
+      take_first(device.args, batch);
       std::optional<GivenPlan> plan;
       if (num_parts > 0) plan.emplace(device.args, num_parts);
       const std::size_t size = dense_decode_workspace_size(device.args);
       const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
-      cudaStream_t stream = nullptr;
-      ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
       // Replayed, so that what a launch leaves in the workspace meets one with the same token.
-      cudaGraph_t graph = nullptr;
-      cudaGraphExec_t call = nullptr;
-      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-      dense_decode(device.args, workspace.data(), size, stream);
-      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-      ASSERT_EQ(cudaGraphInstantiate(&call, graph, 0), cudaSuccess);
+      const CapturedDecode call(device.args, workspace.data(), size);
       std::vector<std::uint16_t> out;
       std::vector<float> lse;
       for (const int num_busy : {0, 1, num_sms / 2, 0, num_sms - 1, num_sms / 3, 0}) {
@@ -289,8 +210,8 @@ TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
         ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
         {
           const BusySms busy(num_busy);
-          for (int replay = 0; replay < 3; ++replay) ASSERT_EQ(cudaGraphLaunch(call, stream), cudaSuccess);
-          ASSERT_TRUE(ends_soon(stream));
+          for (int replay = 0; replay < 3; ++replay) call.replay();
+          ASSERT_TRUE(ends_soon(call.stream()));
         }
         if (out.empty()) {
           out = device.out.to_host();
@@ -299,25 +220,7 @@ TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
         ASSERT_EQ(device.out.to_host(), out);
         ASSERT_EQ(std::memcmp(device.lse.to_host().data(), lse.data(), lse.size() * sizeof(lse[0])), 0);
       }
-      ASSERT_EQ(cudaGraphExecDestroy(call), cudaSuccess);
-      ASSERT_EQ(cudaGraphDestroy(graph), cudaSuccess);
-      ASSERT_EQ(cudaStreamDestroy(stream), cudaSuccess);
     }
-  }
-}
-
-TEST_F(DenseDecodeGpu, ChecksTheWorkspace) {
-  const DeviceCase device(HostCase(Extents{16, 1, 64, false}));
-  EXPECT_THROW(dense_decode(device.args, nullptr, 0, nullptr), InvalidArgument);
-  const std::size_t size = dense_decode_workspace_size(device.args);
-  const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size + 16));
-  EXPECT_THROW(dense_decode(device.args, workspace.data(), size - 1, nullptr), InvalidArgument);
-  try {
-    dense_decode(device.args, workspace.data() + 8, size, nullptr);
-    FAIL() << "expected InvalidArgument";
-  } catch (const InvalidArgument& error) {
-    const std::string text = "workspace: expected an address that is a multiple of 16, got 0x";
-    EXPECT_EQ(std::string(error.what()).substr(0, text.size()), text);
   }
 }
 
