@@ -50,7 +50,7 @@ __device__ bool keeps_whole(const SplitPlan& plan, const std::int64_t* offsets, 
   const int count = static_cast<int>(plan.whole_requests(batch_size));
   const int begin = threadIdx.x * count;
   const int end = min(begin + count, batch_size);
-  return __syncthreads_and(begin >= batch_size || plan.allows_whole(offsets[end] - offsets[begin]));
+  return __syncthreads_and(begin >= batch_size || plan.allows_whole(offsets[end] - offsets[begin], end - begin));
 }
 
 /// One CTA. First the sums over all requests, then, kThreads requests at a time, their prefix sums of cost: each

@@ -6,14 +6,13 @@ namespace flash_mla::scheduler {
 namespace {
 
 bool keeps_whole(const PlanArguments& args, const SplitPlan& plan) {
-  if (args.batch_size > kMaxBatchKeptWhole || args.batch_size == 0) return false;
+  if (args.batch_size < kMinBatchKeptWhole || args.batch_size > kMaxBatchKeptWhole) return false;
   const auto count = static_cast<std::int32_t>(plan.whole_requests(args.batch_size));
   for (std::int32_t begin = 0; begin < args.batch_size; begin += count) {
+    const std::int32_t end = std::min(begin + count, args.batch_size);
     std::int64_t cost = 0;
-    for (std::int32_t i = begin; i < std::min(begin + count, args.batch_size); ++i) {
-      cost += plan.cost(args.cache_seqlens[i]);
-    }
-    if (!plan.allows_whole(cost)) return false;
+    for (std::int32_t i = begin; i < end; ++i) cost += plan.cost(args.cache_seqlens[i]);
+    if (!plan.allows_whole(cost, end - begin)) return false;
   }
   return true;
 }

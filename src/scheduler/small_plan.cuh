@@ -29,9 +29,9 @@ class SmallPlan {
     const std::int32_t num_nonempty = __popc(__ballot_sync(kAllLanes, seqlen > 0));
 
     const Divisor parts(min(work, max_parts));
-    const std::int32_t piece_cost = min(parts.divide(work) - 1, static_cast<std::int32_t>(kMaxPieceCost));
-    const std::int32_t total_cost = work + piece_cost * num_nonempty;
-    const std::int32_t share = parts.divide(total_cost);
+    constexpr auto kPieceCost = static_cast<std::int32_t>(kMaxPieceCost);
+    const std::int32_t cost = work + kPieceCost * num_nonempty;
+    const std::int32_t share = parts.divide(cost);
     continued_pieces = 0;
     // Both sides have a piece's cost beside, and a block is never more.
     if (__all_sync(kAllLanes, blocks <= share + merge_cost(share))) {
@@ -40,7 +40,7 @@ class SmallPlan {
       return true;
     }
 
-    const std::int32_t largest = parts.divide(total_cost - piece_cost + parts.value - 1);
+    const std::int32_t largest = parts.divide(cost - kPieceCost + parts.value - 1);
     std::int32_t quota = Divisor(max_parts).divide(work + max_parts - 1);
     std::int32_t count = 0;
     for (;; ++quota) {

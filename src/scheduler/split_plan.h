@@ -16,6 +16,9 @@
 // gets much more than its share (batches of about equal lengths), no request is split. And where there are as many
 // parts as requests or more, each request gets parts of its own if that makes none longer than cuts would: a part then
 // pays for one piece.
+//
+// Where parts are short, intervals could not hold a piece's whole cost, and cuts count less. What is decided by costs
+// counts all of it: with cuts some parts would have pieces of three requests.
 
 #if defined(__CUDACC__)
 #define FLASH_MLA_HOST_DEVICE __host__ __device__
@@ -46,7 +49,9 @@ FLASH_MLA_HOST_DEVICE inline bool plans_within_a_warp(std::int32_t batch_size, s
   return 0 < batch_size && batch_size <= num_parts && num_parts <= kMaxParts;
 }
 
-/// Larger batches are not looked at for keeping requests whole.
+/// Other batches are not looked at for keeping requests whole. A request that is alone gets all parts that it can fill,
+/// which needs no sums: SplitPlan::write_alone.
+constexpr std::int32_t kMinBatchKeptWhole = 2;
 constexpr std::int32_t kMaxBatchKeptWhole = 1024;
 
 /// end_block of a piece that reaches the end of its request, whatever its length is when the kernel runs.
@@ -107,11 +112,14 @@ class SplitPlan {
     const std::int64_t spare = num_parts_ > 0 ? divide(work.num_blocks, num_parts_) - 1 : 0;
     piece_cost_ = spare < kMaxPieceCost ? spare : kMaxPieceCost;
     total_cost_ = work.num_blocks + piece_cost_ * work.num_nonempty;
+    full_cost_ = work.num_blocks + kMaxPieceCost * work.num_nonempty;
   }
 
   /// Parts with work: the first ones. The others stay empty.
   FLASH_MLA_HOST_DEVICE std::int64_t num_parts() const { return num_parts_; }
   FLASH_MLA_HOST_DEVICE std::int64_t total_cost() const { return total_cost_; }
+  /// The same with the whole cost of pieces.
+  FLASH_MLA_HOST_DEVICE std::int64_t full_cost() const { return full_cost_; }
   FLASH_MLA_HOST_DEVICE std::int64_t piece_cost() const { return piece_cost_; }
 
   FLASH_MLA_HOST_DEVICE std::int64_t cost(std::int32_t seqlen_k) const {
@@ -150,17 +158,18 @@ class SplitPlan {
   FLASH_MLA_HOST_DEVICE std::int64_t whole_requests(std::int32_t batch_size) const {
     return divide(batch_size + num_parts_ - 1, num_parts_);
   }
-  /// Whether a part with whole requests may cost this much.
-  FLASH_MLA_HOST_DEVICE bool allows_whole(std::int64_t part_cost) const {
-    const std::int64_t share = divide(total_cost_, num_parts_);
-    return part_cost <= share + piece_cost_ + merge_cost(share);
+  /// Whether a part may have so many whole requests of this cost().
+  FLASH_MLA_HOST_DEVICE bool allows_whole(std::int64_t cost, std::int64_t num_requests) const {
+    const std::int64_t share = divide(full_cost_, num_parts_);
+    return cost + (kMaxPieceCost - piece_cost_) * num_requests <= share + kMaxPieceCost + merge_cost(share);
   }
   /// Blocks that a part works at least and may work at most where requests have parts of their own.
   FLASH_MLA_HOST_DEVICE std::int64_t least_quota(const Workload& work, std::int64_t max_parts) const {
     return divide(work.num_blocks + max_parts - 1, max_parts);
   }
   FLASH_MLA_HOST_DEVICE std::int64_t largest_quota() const {
-    return divide(total_cost_ - piece_cost_ + num_parts_ - 1, num_parts_);
+    const std::int64_t cost = full_cost_ > kMaxPieceCost ? full_cost_ - kMaxPieceCost : 0;
+    return divide(cost + num_parts_ - 1, num_parts_);
   }
   /// Parts of a request of its own, of at most `quota` blocks.
   FLASH_MLA_HOST_DEVICE static std::int32_t own_parts(std::int32_t seqlen_k, std::int64_t quota) {
@@ -240,6 +249,7 @@ class SplitPlan {
   std::int64_t num_parts_;
   std::int64_t piece_cost_;
   std::int64_t total_cost_;
+  std::int64_t full_cost_;
 };
 
 }  // namespace flash_mla::scheduler

@@ -86,9 +86,9 @@ class WarpPlan {
   }
 
   __device__ bool find_whole() const {
-    bool fits = true;
+    bool fits = batch_size_ >= kMinBatchKeptWhole;
 #pragma unroll 1
-    for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || plan_.allows_whole(plan_.cost(seqlen(i)));
+    for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || plan_.allows_whole(plan_.cost(seqlen(i)), 1);
     return __all_sync(kAllLanes, fits);
   }
 
