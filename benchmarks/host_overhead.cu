@@ -43,23 +43,25 @@ Tensor array(DType dtype, Extents... shape) {
   return make_tensor(allocate(num_bytes), dtype, kGpu, shape...);
 }
 
-/// A call so small that the GPU is done before the host: one request of length 0, 16 query heads.
+constexpr int kNumHeads = 16;
+
+/// A call so small that the GPU is done before the host: one request of length 0.
 DenseDecodeArguments tiny_call() {
   DenseDecodeArguments args;
-  args.q = array(DType::kBFloat16, 1, 1, 16, kHeadDimQk);
+  args.q = array(DType::kBFloat16, 1, 1, kNumHeads, kHeadDimQk);
   args.k_cache = array(DType::kBFloat16, 1, 64, 1, kHeadDimQk);
   args.block_table = array(DType::kInt32, 1, 1);
   args.cache_seqlens = array(DType::kInt32, 1);
-  args.out = array(DType::kBFloat16, 1, 1, 16, kHeadDimV);
-  args.lse = array(DType::kFloat32, 1, 16, 1);
+  args.out = array(DType::kBFloat16, 1, 1, kNumHeads, kHeadDimV);
+  args.lse = array(DType::kFloat32, 1, kNumHeads, 1);
   return args;
 }
 
 void plan(DenseDecodeArguments& args, cudaStream_t stream) {
-  const std::int64_t num_parts = dense_decode_num_sm_parts(16, 1, kGpu);
+  const std::int64_t num_parts = dense_decode_num_sm_parts(kNumHeads, 1, kGpu);
   args.tile_scheduler_metadata = array(DType::kInt32, num_parts, kTileSchedulerMetadataSize);
   args.num_splits = array(DType::kInt32, 2);
-  plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, stream);
+  plan_dense_decode(args.cache_seqlens, kNumHeads, args.tile_scheduler_metadata, args.num_splits, stream);
 }
 
 template <class Call>
@@ -162,8 +164,9 @@ void measure_pieces(const DenseDecodeArguments& args, cudaStream_t stream) {
     int device = 0;
     cudaGetDevice(&device);
   });
-  measure("plan_dense_decode",
-          [&] { plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, stream); });
+  measure("plan_dense_decode", [&] {
+    plan_dense_decode(args.cache_seqlens, kNumHeads, args.tile_scheduler_metadata, args.num_splits, stream);
+  });
 }
 
 void run() {

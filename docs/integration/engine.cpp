@@ -47,7 +47,8 @@ int main() try {
   std::vector<std::vector<std::uint16_t>> k_caches(4, std::vector<std::uint16_t>(3 * 64 * flash_mla::kHeadDimQk, 0));
 
   // Once: a plan's arrays, and a workspace. Their sizes follow from shapes, never from lengths.
-  const std::int64_t num_parts = flash_mla::dense_decode_num_sm_parts(step.seqlen_q * step.num_heads_q, 1, step.device);
+  const std::int64_t rows = step.seqlen_q * step.num_heads_q;  // for the one KV head
+  const std::int64_t num_parts = flash_mla::dense_decode_num_sm_parts(rows, 1, step.device);
   std::vector<std::int32_t> parts(num_parts * flash_mla::kTileSchedulerMetadataSize);
   std::vector<std::int32_t> splits(step.batch_size + 1);
   const auto metadata =
@@ -59,7 +60,7 @@ int main() try {
   std::vector<unsigned char> workspace(flash_mla::dense_decode_workspace_size(any_layer));
 
   // Each step: plan, then the layers. Captured in a CUDA graph, a replay follows new lengths and block tables.
-  flash_mla::plan_dense_decode(any_layer.cache_seqlens, metadata, num_splits, stream);
+  flash_mla::plan_dense_decode(any_layer.cache_seqlens, rows, metadata, num_splits, stream);
   for (auto& k_cache : k_caches) {
     flash_mla::DenseDecodeArguments layer = arguments(step, q.data(), k_cache.data(), out.data(), lse.data());
     layer.tile_scheduler_metadata = metadata;

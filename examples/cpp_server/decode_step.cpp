@@ -65,7 +65,7 @@ void DecodeStep::enqueue(int batch_size) {
   for (int layer = 0; layer < kNumLayers; ++layer) {
     const flash_mla::DenseDecodeArguments args = make_arguments(layer, batch_size);
     if (layer == 0) {
-      flash_mla::plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits,
+      flash_mla::plan_dense_decode(args.cache_seqlens, kNumHeads, args.tile_scheduler_metadata, args.num_splits,
                                    runtime_.stream());
     }
     q.upload(layer * kMaxBatch, batch_size);

@@ -109,6 +109,7 @@ FLASH_MLA_API flash_mla_status flash_mla_dense_decode_num_sm_parts(int64_t num_q
 /// Plans a step, on the arrays' device and ordered on `stream`; see plan.h.
 /// @param tile_scheduler_metadata, num_splits  what they point to is written
 FLASH_MLA_API flash_mla_status flash_mla_plan_dense_decode(const flash_mla_tensor* cache_seqlens,
+                                                           int64_t num_q_tokens_per_head_k,
                                                            const flash_mla_tensor* tile_scheduler_metadata,
                                                            const flash_mla_tensor* num_splits,
                                                            struct CUstream_st* stream);

@@ -44,7 +44,11 @@ def dense_decode_num_sm_parts_of_gpu(index: int, num_q_tokens_per_head_k: int, n
     """The same for a CUDA device by its number."""
 
 def plan_dense_decode(
-    cache_seqlens: object, tile_scheduler_metadata: object, num_splits: object, stream: int | None = None
+    cache_seqlens: object,
+    tile_scheduler_metadata: object,
+    num_splits: object,
+    num_q_tokens_per_head_k: int,
+    stream: int | None = None,
 ) -> None:
     """Writes the plan of a step for cache_seqlens into the two other arrays."""
 

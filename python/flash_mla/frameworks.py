@@ -116,7 +116,8 @@ class DLPackFramework(Framework):
         num_sm_parts = self.call(_C.dense_decode_num_sm_parts, (cache_seqlens,), num_q_tokens_per_head_k, num_heads_k)
         metadata = self.empty(cache_seqlens, (num_sm_parts, METADATA_SIZE), "int32")
         num_splits = self.empty(cache_seqlens, (cache_seqlens.shape[0] + 1,), "int32")
-        self.call(_C.plan_dense_decode, (cache_seqlens, metadata, num_splits), self.stream(cache_seqlens))
+        arrays = cache_seqlens, metadata, num_splits
+        self.call(_C.plan_dense_decode, arrays, num_q_tokens_per_head_k, self.stream(cache_seqlens))
         return metadata, num_splits
 
     def merge_states(self, call: MergeCall) -> tuple[Array, Array]:

@@ -31,7 +31,7 @@ class Jax(Framework):
                 self._ffi.register_ffi_target(name, handler, platform=platform)
         # Compiled once for each set of shapes; inside another jit they are inlined.
         self._decode = jax.jit(self._call_decode, static_argnames=("softmax_scale", "causal"), inline=True)
-        self._plan = jax.jit(self._call_plan, static_argnames="num_sm_parts", inline=True)
+        self._plan = jax.jit(self._call_plan, static_argnames=("num_q_tokens_per_head_k", "num_sm_parts"), inline=True)
         self._merge = jax.jit(self._call_merge, static_argnames=("num_outs", "result_shapes"), inline=True)
 
     def can_keep(self, array: Array) -> bool:
@@ -56,7 +56,11 @@ class Jax(Framework):
         if cache_seqlens.dtype != "int32":
             raise TypeError(f"cache_seqlens: expected dtype int32, got {cache_seqlens.dtype}")
         extents = operator.index(num_q_tokens_per_head_k), operator.index(num_heads_k)
-        metadata, num_splits = self._plan(cache_seqlens, num_sm_parts=self._num_sm_parts(cache_seqlens, *extents))
+        metadata, num_splits = self._plan(
+            cache_seqlens,
+            num_q_tokens_per_head_k=extents[0],
+            num_sm_parts=self._num_sm_parts(cache_seqlens, *extents),
+        )
         return metadata, num_splits
 
     def merge_states(self, call: MergeCall) -> tuple[Array, Array]:
@@ -79,10 +83,11 @@ class Jax(Framework):
         out, lse, _ = self._ffi.ffi_call(_DECODE, results)(*given, **options)
         return out, lse
 
-    def _call_plan(self, cache_seqlens: Array, num_sm_parts: int) -> tuple[Array, Array]:
+    def _call_plan(self, cache_seqlens: Array, num_q_tokens_per_head_k: int, num_sm_parts: int) -> tuple[Array, Array]:
         shapes = (num_sm_parts, METADATA_SIZE), (cache_seqlens.shape[0] + 1,)
         results = tuple(self._result(shape, "int32") for shape in shapes)
-        metadata, num_splits = self._ffi.ffi_call(_PLAN, results)(cache_seqlens)
+        num_q_tokens = self._numpy.int64(num_q_tokens_per_head_k)
+        metadata, num_splits = self._ffi.ffi_call(_PLAN, results)(cache_seqlens, num_q_tokens_per_head_k=num_q_tokens)
         return metadata, num_splits
 
     def _call_merge(

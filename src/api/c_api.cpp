@@ -204,6 +204,7 @@ flash_mla_status flash_mla_dense_decode_num_sm_parts(std::int64_t num_q_tokens_p
 }
 
 flash_mla_status flash_mla_plan_dense_decode(const flash_mla_tensor* cache_seqlens,
+                                             std::int64_t num_q_tokens_per_head_k,
                                              const flash_mla_tensor* tile_scheduler_metadata,
                                              const flash_mla_tensor* num_splits, CUstream_st* stream) {
   return fm::guarded([&] {
@@ -211,7 +212,7 @@ flash_mla_status flash_mla_plan_dense_decode(const flash_mla_tensor* cache_seqle
     const fm::Tensor metadata =
         fm::to_tensor("tile_scheduler_metadata", fm::require("tile_scheduler_metadata", tile_scheduler_metadata));
     const fm::Tensor splits = fm::to_tensor("num_splits", fm::require("num_splits", num_splits));
-    fm::plan_dense_decode(lengths, metadata, splits, stream);
+    fm::plan_dense_decode(lengths, num_q_tokens_per_head_k, metadata, splits, stream);
   });
 }
 

@@ -178,6 +178,7 @@ sm90::DenseDecodeParams make_params(const DenseDecodeArguments& args, const Dens
   params.k_cache_map = make_k_cache_map(args.k_cache, params.box_tokens, args.q.data);
   params.max_seqlen_k = static_cast<int>(max_seqlen_k(shape));
   params.num_parts = work.num_parts;
+  params.tiles = query_tiles(shape.seqlen_q * (shape.num_heads_q / shape.num_heads_k));
   params.block_table = static_cast<const int*>(args.block_table.data);
   params.stride_block_table = args.block_table.strides[0];
   params.cache_seqlens = static_cast<const int*>(args.cache_seqlens.data);
@@ -227,7 +228,8 @@ void decode_on_hopper(const DenseDecodeArguments& args, const DenseDecodeShape& 
     params.parts = static_cast<const scheduler::Part*>(args.tile_scheduler_metadata.data);
   } else if (work.cluster_size == 0 && !scheduler::plans_within_a_warp(params.batch_size, work.num_parts)) {
     auto* const planned = reinterpret_cast<scheduler::Part*>(bytes);
-    scheduler::plan_on_device({params.cache_seqlens, params.batch_size, work.num_parts, planned, nullptr}, stream);
+    scheduler::plan_on_device({params.cache_seqlens, params.batch_size, work.num_parts, params.tiles, planned, nullptr},
+                              stream);
     params.parts = planned;
   }
   sm90::launch_dense_decode(params, args.q.dtype, stream);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "scheduler/split_plan.h"
 #include "sm90/dense_decode/query_tiling.h"
 
 namespace flash_mla {
@@ -14,6 +15,12 @@ constexpr int kMaxSms = 144;
 constexpr std::int64_t num_sm_parts(int num_sms, std::int64_t num_q_tokens_per_head_k, std::int64_t num_heads_k) {
   const std::int64_t num_tiles = (num_q_tokens_per_head_k - 1) / sm90::kBlockM + 1;
   return std::max<std::int64_t>(num_sms / num_heads_k / num_tiles, 1);
+}
+
+/// What query rows of a KV head fill.
+constexpr scheduler::QueryTiles query_tiles(std::int64_t num_q_tokens_per_head_k) {
+  if (num_q_tokens_per_head_k <= sm90::kMaxNarrowRows) return scheduler::QueryTiles::kNarrow;
+  return num_q_tokens_per_head_k <= sm90::kBlockM ? scheduler::QueryTiles::kOne : scheduler::QueryTiles::kSeveral;
 }
 
 }  // namespace flash_mla

@@ -145,8 +145,9 @@ void decode(const Call& call) {
 /// cache_seqlens -> (tile_scheduler_metadata, num_splits)
 void plan(const Call& call) {
   call.expect(1, 2);
-  plan_dense_decode(call.argument("cache_seqlens", 0), call.result("tile_scheduler_metadata", 0),
-                    call.result("num_splits", 1), call.stream());
+  const auto num_q_tokens_per_head_k = call.attribute<std::int64_t>("num_q_tokens_per_head_k", DataType::kInt64);
+  plan_dense_decode(call.argument("cache_seqlens", 0), num_q_tokens_per_head_k,
+                    call.result("tile_scheduler_metadata", 0), call.result("num_splits", 1), call.stream());
 }
 
 /// The arrays of `count` arguments from `first` on, or where it is one array that holds all states, those along its

@@ -116,7 +116,7 @@ constexpr int kSmallWarps = kSmallThreads / 32;
 /// Small batches: a warp for each part.
 __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanArguments args) {
   ptx::launch_dependents();
-  const WarpPlan plan(args.cache_seqlens, args.batch_size, args.num_parts);
+  const WarpPlan plan(args.cache_seqlens, args.batch_size, args.num_parts, args.tiles);
   const auto part = static_cast<std::int32_t>((blockIdx.x * kSmallThreads + threadIdx.x) / 32);
   if (part == 0 && args.num_splits != nullptr) plan.write_num_splits(args.num_splits);
   if (part >= args.num_parts) return;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanArguments
   Part row;
   if (args.batch_size == 1 && args.cache_seqlens[0] <= SmallPlan::kMaxSeqlen) {
     SmallPlan::make_alone(args.cache_seqlens[0], args.num_parts, part, row);
-  } else if (!SmallPlan::make(args.cache_seqlens, args.batch_size, args.num_parts, part, row, unused)) {
+  } else if (!SmallPlan::make(args.cache_seqlens, args.batch_size, args.num_parts, args.tiles, part, row, unused)) {
     row = plan.row(part, unused);
   }
   if (threadIdx.x % 32 == 0) args.parts[part] = row;

@@ -28,6 +28,19 @@ std::int64_t own_quota(const PlanArguments& args, const SplitPlan& plan, const W
   return 0;
 }
 
+/// Whether a part for each request is sooner done than these parts of their own, or cuts.
+bool keeps_short_whole(const PlanArguments& args, const SplitPlan& plan, std::int64_t quota) {
+  if (args.batch_size < kMinBatchKeptWhole || !plans_within_a_warp(args.batch_size, args.num_parts)) return false;
+  const std::int64_t longest = plan.longest_kept_whole(args.tiles, quota);
+  return std::all_of(args.cache_seqlens, args.cache_seqlens + args.batch_size,
+                     [&](std::int32_t seqlen) { return num_blocks(seqlen) <= longest; });
+}
+
+void plan_whole(const PlanArguments& args, const SplitPlan& plan) {
+  for (std::int32_t p = 0; p < args.num_parts; ++p) plan.write_whole(args.parts[p], p, args.batch_size);
+  for (std::int32_t i = 0; args.num_splits != nullptr && i <= args.batch_size; ++i) args.num_splits[i] = i;
+}
+
 void plan_own_parts(const PlanArguments& args, std::int64_t quota) {
   std::int32_t part = 0;
   for (std::int32_t i = 0; i < args.batch_size; ++i) {
@@ -65,13 +78,11 @@ void plan_on_host(const PlanArguments& args) {
   Workload work;
   for (std::int32_t i = 0; i < args.batch_size; ++i) work.add(args.cache_seqlens[i]);
   const SplitPlan plan(work, args.num_parts);
-  if (keeps_whole(args, plan)) {
-    for (std::int32_t p = 0; p < args.num_parts; ++p) plan.write_whole(args.parts[p], p, args.batch_size);
-    for (std::int32_t i = 0; args.num_splits != nullptr && i <= args.batch_size; ++i) args.num_splits[i] = i;
-    return;
-  }
-  const std::int64_t quota = own_quota(args, plan, work);
-  if (quota > 0) {
+  const bool is_whole = keeps_whole(args, plan);
+  const std::int64_t quota = is_whole ? 0 : own_quota(args, plan, work);
+  if (is_whole || keeps_short_whole(args, plan, quota)) {
+    plan_whole(args, plan);
+  } else if (quota > 0) {
     plan_own_parts(args, quota);
   } else {
     plan_cuts(args, plan);

@@ -18,7 +18,7 @@ class SmallPlan {
   /// Writes the row of a part, and if it continues a request, the number of that one's pieces. False where the batch is
   /// none that it plans, or its requests do not get parts of their own. By all lanes.
   __device__ static bool make(const std::int32_t* cache_seqlens, std::int32_t batch_size, std::int32_t max_parts,
-                              std::int32_t part, Part& row, std::int32_t& continued_pieces) {
+                              QueryTiles tiles, std::int32_t part, Part& row, std::int32_t& continued_pieces) {
     if (batch_size > 32) return false;
     const std::int32_t lane = threadIdx.x % 32;
     const bool is_request = lane < batch_size;
@@ -33,20 +33,23 @@ class SmallPlan {
     const std::int32_t cost = work + kPieceCost * num_nonempty;
     const std::int32_t share = parts.divide(cost);
     continued_pieces = 0;
+    SplitPlan::write_empty(row, part, batch_size);
     // Both sides have a piece's cost beside, and a block is never more.
-    if (__all_sync(kAllLanes, blocks <= share + merge_cost(share))) {
-      SplitPlan::write_empty(row, part, batch_size);
-      if (part < batch_size) row = {part, 0, part, kToEnd, 1, part, {}};
-      return true;
-    }
+    bool keeps_whole = __all_sync(kAllLanes, blocks <= share + merge_cost(share));
 
     const std::int32_t largest = parts.divide(cost - kPieceCost + parts.value - 1);
     std::int32_t quota = Divisor(max_parts).divide(work + max_parts - 1);
     std::int32_t count = 0;
-    for (;; ++quota) {
+    for (; !keeps_whole; ++quota) {
       if (quota > largest) return false;
       count = max(Divisor(quota).divide(blocks + quota - 1), is_request ? 1 : 0);
       if (static_cast<std::int32_t>(__reduce_add_sync(kAllLanes, count)) <= max_parts) break;
+    }
+    keeps_whole |=
+        tiles != QueryTiles::kSeveral && __all_sync(kAllLanes, blocks <= SplitPlan::longest_of_own(tiles, quota));
+    if (keeps_whole) {
+      if (part < batch_size) row = {part, 0, part, kToEnd, 1, part, {}};
+      return true;
     }
     std::int32_t first = count;
 #pragma unroll
@@ -56,7 +59,6 @@ class SmallPlan {
     }
     first -= count;
     const unsigned found = __ballot_sync(kAllLanes, first <= part && part < first + count);
-    SplitPlan::write_empty(row, part, batch_size);
     if (found == 0) return true;
     const int request = __ffs(found) - 1;
     const Divisor pieces(__shfl_sync(kAllLanes, count, request));

@@ -38,8 +38,16 @@ constexpr std::int64_t kMaxPieceCost = 2;
 /// of their work; and a share of the work in long parts, whose CTAs end the further apart.
 constexpr std::int32_t kMergeTime = 3;
 constexpr std::int32_t kMaxMergeCost = 7;
+/// The same where each request has parts of its own: a part merges one request, and not two.
+constexpr std::int32_t kOwnMergeTime = 2;
+constexpr std::int32_t kLongestWholeNarrow = 4;
 constexpr std::int32_t kShortMergeShare = 4;
 constexpr std::int32_t kMergeShare = 16;
+
+/// What the query rows of a KV head fill: a tile of fewer than 64 rows, one of 64, or several. A block of few rows
+/// takes as long as memory, on however many SMs the others are; one of 64 rows, as long as its CTA's tensor cores. So
+/// pieces of short requests are worth most to few rows, and least to one tile of 64. CTAs of several tiles share KV.
+enum class QueryTiles : std::int32_t { kNarrow, kOne, kSeveral };
 
 /// Parts of a plan: more than any Hopper GPU has SMs.
 constexpr std::int32_t kMaxParts = 160;
@@ -170,6 +178,18 @@ class SplitPlan {
   FLASH_MLA_HOST_DEVICE std::int64_t largest_quota() const {
     const std::int64_t cost = full_cost_ > kMaxPieceCost ? full_cost_ - kMaxPieceCost : 0;
     return divide(cost + num_parts_ - 1, num_parts_);
+  }
+  /// Blocks of the longest request with which a batch is kept whole, a part for each request, that would else have
+  /// parts of at most `quota` blocks, or be cut, if `quota` is 0.
+  FLASH_MLA_HOST_DEVICE std::int64_t longest_kept_whole(QueryTiles tiles, std::int64_t quota) const {
+    if (quota == 0) return tiles == QueryTiles::kNarrow ? 0 : divide(full_cost_, num_parts_) + kMergeTime;
+    return tiles == QueryTiles::kSeveral ? 0 : longest_of_own(tiles, quota);
+  }
+  /// The same where there is a quota, and one tile.
+  template <class Int>
+  FLASH_MLA_HOST_DEVICE static Int longest_of_own(QueryTiles tiles, Int quota) {
+    const Int longest = quota + kOwnMergeTime;
+    return tiles == QueryTiles::kNarrow && longest > kLongestWholeNarrow ? kLongestWholeNarrow : longest;
   }
   /// Parts of a request of its own, of at most `quota` blocks.
   FLASH_MLA_HOST_DEVICE static std::int32_t own_parts(std::int32_t seqlen_k, std::int64_t quota) {

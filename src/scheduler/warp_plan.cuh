@@ -11,7 +11,8 @@ namespace flash_mla::scheduler {
 /// registers are short in the kernels that plan.
 class WarpPlan {
  public:
-  __device__ WarpPlan(const std::int32_t* cache_seqlens, std::int32_t batch_size, std::int32_t num_parts)
+  __device__ WarpPlan(const std::int32_t* cache_seqlens, std::int32_t batch_size, std::int32_t num_parts,
+                      QueryTiles tiles)
       : cache_seqlens_(cache_seqlens),
         batch_size_(batch_size),
         max_parts_(num_parts),
@@ -19,7 +20,11 @@ class WarpPlan {
         work_(read()),
         plan_(work_, num_parts) {
     keeps_whole_ = find_whole();
-    quota_ = keeps_whole_ ? 0 : find_quota();
+    if (!keeps_whole_) {
+      quota_ = find_quota();
+      keeps_whole_ = find_short(plan_.longest_kept_whole(tiles, quota_));
+      if (keeps_whole_) quota_ = 0;
+    }
     std::int64_t mine = 0;
 #pragma unroll 1
     for (int i = 0; i < requests_per_lane_; ++i) mine += length(i);
@@ -89,6 +94,14 @@ class WarpPlan {
     bool fits = batch_size_ >= kMinBatchKeptWhole;
 #pragma unroll 1
     for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || plan_.allows_whole(plan_.cost(seqlen(i)), 1);
+    return __all_sync(kAllLanes, fits);
+  }
+
+  /// Whether no request is longer than so many blocks.
+  __device__ bool find_short(std::int64_t longest) const {
+    bool fits = batch_size_ >= kMinBatchKeptWhole;
+#pragma unroll 1
+    for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || num_blocks(seqlen(i)) <= longest;
     return __all_sync(kAllLanes, fits);
   }
 

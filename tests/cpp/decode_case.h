@@ -141,7 +141,8 @@ struct GivenPlan {
     args.tile_scheduler_metadata =
         make_tensor(metadata.data(), DType::kInt32, kGpu, num_parts, kTileSchedulerMetadataSize);
     args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, args.cache_seqlens.shape[0] + 1);
-    plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, nullptr);
+    plan_dense_decode(args.cache_seqlens, args.q.shape[1] * args.q.shape[2], args.tile_scheduler_metadata,
+                      args.num_splits, nullptr);
     cudaDeviceSynchronize();
   }
 

@@ -283,6 +283,13 @@ TEST(CApi, TakesAnyIndexOfTheCpu) {
   EXPECT_EQ(call.run(), FLASH_MLA_OK) << flash_mla_last_error();
 }
 
+TEST(CApi, PlansForOneQueryRowAtLeast) {
+  const Call call;
+  const flash_mla_tensor& lengths = call.given.args.cache_seqlens;
+  EXPECT_EQ(flash_mla_plan_dense_decode(&lengths, 0, &lengths, &lengths, nullptr), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_STREQ(flash_mla_last_error(), "num_q_tokens_per_head_k: expected at least 1, got 0");
+}
+
 TEST(CApi, NamesPointersThatAreNull) {
   const Call call;
   EXPECT_EQ(flash_mla_dense_decode_workspace_size(&call.given.args, nullptr), FLASH_MLA_INVALID_ARGUMENT);
@@ -293,7 +300,7 @@ TEST(CApi, NamesPointersThatAreNull) {
   EXPECT_STREQ(flash_mla_last_error(), "arguments: expected an address, got a null pointer");
   EXPECT_EQ(flash_mla_dense_decode_num_sm_parts(1, 1, FLASH_MLA_CPU, 0, nullptr), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_mla_last_error(), "num_sm_parts: expected an address, got a null pointer");
-  EXPECT_EQ(flash_mla_plan_dense_decode(&call.given.args.cache_seqlens, nullptr, nullptr, nullptr),
+  EXPECT_EQ(flash_mla_plan_dense_decode(&call.given.args.cache_seqlens, 1, nullptr, nullptr, nullptr),
             FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_mla_last_error(), "tile_scheduler_metadata: expected an address, got a null pointer");
   EXPECT_EQ(flash_mla_set_contiguous_strides(nullptr), FLASH_MLA_INVALID_ARGUMENT);

@@ -53,24 +53,29 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   std::mt19937 random(3);
   for (const int batch : {1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 128, 1000, 1024, 1025, 5000, 100000}) {
     for (const int parts : {1, 33, 66, 132, 160}) {
-      for (const int max_seqlen : {0, 1, 300, 2048, 8192, 100000, 1 << 20, 1 << 21}) {
+      for (const int max_seqlen : {0, 1, 128, 300, 600, 2048, 8192, 100000, 1 << 20, 1 << 21}) {
         std::vector<std::int32_t> seqlens(batch);
         for (std::int32_t& value : seqlens) {
           value = random() % 4 == 0 ? 0 : static_cast<std::int32_t>(random() % (max_seqlen + 1));
         }
         std::vector<std::int32_t> metadata(std::size_t(parts) * kTileSchedulerMetadataSize, -1), splits(batch + 1, -1);
         const OnDevice<std::int32_t> gpu_seqlens(seqlens), gpu_metadata(metadata), gpu_splits(splits);
-        const auto plan = [&](Device device, std::int32_t* lengths, std::int32_t* rows, std::int32_t* sums) {
-          plan_dense_decode(make_tensor(lengths, DType::kInt32, device, batch),
+        const auto plan = [&](Device device, int query_rows, std::int32_t* lengths, std::int32_t* rows,
+                              std::int32_t* sums) {
+          plan_dense_decode(make_tensor(lengths, DType::kInt32, device, batch), query_rows,
                             make_tensor(rows, DType::kInt32, device, parts, kTileSchedulerMetadataSize),
                             make_tensor(sums, DType::kInt32, device, batch + 1), nullptr);
         };
         // Part is 16-byte aligned; vectors of int32 are as well, on every allocator this test meets.
-        plan(kCpu, seqlens.data(), metadata.data(), splits.data());
-        plan(kGpu, gpu_seqlens.data(), gpu_metadata.data(), gpu_splits.data());
-        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-        ASSERT_EQ(gpu_metadata.to_host(), metadata) << batch << " requests, " << parts << " parts";
-        ASSERT_EQ(gpu_splits.to_host(), splits) << batch << " requests, " << parts << " parts";
+        for (const int query_rows : {16, 64, 128}) {
+          SCOPED_TRACE(std::to_string(batch) + " requests of up to " + std::to_string(max_seqlen) + " tokens, " +
+                       std::to_string(parts) + " parts, " + std::to_string(query_rows) + " rows");
+          plan(kCpu, query_rows, seqlens.data(), metadata.data(), splits.data());
+          plan(kGpu, query_rows, gpu_seqlens.data(), gpu_metadata.data(), gpu_splits.data());
+          ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+          ASSERT_EQ(gpu_metadata.to_host(), metadata);
+          ASSERT_EQ(gpu_splits.to_host(), splits);
+        }
       }
     }
   }
@@ -105,15 +110,15 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
     DeviceCase device(host);
     DenseDecodeArguments& args = device.args;
     take_first(args, c.batch);
-    const std::int64_t parts =
-        c.parts > 0 ? c.parts : dense_decode_num_sm_parts(c.extents.num_heads_q * c.extents.seqlen_q, 1, kGpu);
+    const std::int64_t rows_q = c.extents.num_heads_q * c.extents.seqlen_q;
+    const std::int64_t parts = c.parts > 0 ? c.parts : dense_decode_num_sm_parts(rows_q, 1, kGpu);
     const int plan_size = static_cast<int>(parts) * kTileSchedulerMetadataSize;
     const OnDevice<std::int32_t> plan(std::vector<std::int32_t>(plan_size, -1));
     const OnDevice<std::int32_t> num_splits(std::vector<std::int32_t>(c.batch + 1));
     if (c.is_planned) {
       args.tile_scheduler_metadata = make_tensor(plan.data(), DType::kInt32, kGpu, parts, kTileSchedulerMetadataSize);
       args.num_splits = make_tensor(num_splits.data(), DType::kInt32, kGpu, c.batch + 1);
-      plan_dense_decode(args.cache_seqlens, args.tile_scheduler_metadata, args.num_splits, stream);
+      plan_dense_decode(args.cache_seqlens, rows_q, args.tile_scheduler_metadata, args.num_splits, stream);
     }
     const std::size_t size = dense_decode_workspace_size(args);
     const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));

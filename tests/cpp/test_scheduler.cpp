@@ -21,12 +21,12 @@ struct Plan {
   std::vector<std::int32_t> num_splits;
 };
 
-Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts) {
+Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts, QueryTiles tiles = QueryTiles::kOne) {
   constexpr std::int32_t kUnwritten = -12345;
   Plan plan;
   plan.parts.resize(num_parts, Part{kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, {}});
   plan.num_splits.resize(seqlens.size() + 1, kUnwritten);
-  plan_on_host({seqlens.data(), static_cast<std::int32_t>(seqlens.size()), num_parts, plan.parts.data(),
+  plan_on_host({seqlens.data(), static_cast<std::int32_t>(seqlens.size()), num_parts, tiles, plan.parts.data(),
                 plan.num_splits.data()});
   return plan;
 }
@@ -99,9 +99,10 @@ TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
   std::mt19937 random(7);
   for (const int batch_size : {1, 2, 3, 31, 64, 128, 129, 1024, 1025, 5000, 100000}) {
     for (const int num_parts : {1, 2, 16, 33, 66, 132, 500}) {
+      const QueryTiles tiles = std::array{QueryTiles::kNarrow, QueryTiles::kOne, QueryTiles::kSeveral}[random() % 3];
       SCOPED_TRACE("batch " + std::to_string(batch_size) + ", parts " + std::to_string(num_parts));
       const std::vector<std::int32_t> seqlens = lengths(GetParam(), batch_size, random);
-      const Plan plan = make_plan(seqlens, num_parts);
+      const Plan plan = make_plan(seqlens, num_parts, tiles);
       check_cover(seqlens, plan);
       if (HasFailure()) return;
 
@@ -112,7 +113,7 @@ TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
       const SplitPlan split(work, num_parts);
       const auto bound = [&](std::int64_t total_cost, std::int64_t piece_cost) {
         const std::int64_t share = total_cost / split.num_parts();
-        return share + piece_cost + 1 + merge_cost(share);
+        return share + piece_cost + 1 + std::max<std::int64_t>(merge_cost(share), kMergeTime);
       };
       for (const Part& part : plan.parts) {
         std::int64_t cost = 0;
@@ -150,12 +151,37 @@ TEST(Scheduler, ShortRequestsHavePartsOfTheirOwn) {
   }
 }
 
+TEST(Scheduler, SplitsShortRequestsWhereThatIsSooner) {
+  struct Case {
+    int batch_size;
+    int blocks;  // of each request
+    int num_parts;
+    QueryTiles tiles;
+    bool is_split;
+  };
+  for (const Case& c : {Case{40, 4, 132, QueryTiles::kNarrow, false}, Case{48, 5, 132, QueryTiles::kNarrow, true},
+                        Case{80, 8, 132, QueryTiles::kNarrow, true}, Case{40, 4, 132, QueryTiles::kOne, false},
+                        Case{30, 4, 132, QueryTiles::kOne, true}, Case{80, 8, 132, QueryTiles::kOne, false},
+                        Case{90, 13, 132, QueryTiles::kOne, false}, Case{20, 5, 66, QueryTiles::kSeveral, true},
+                        Case{40, 8, 66, QueryTiles::kSeveral, false}, Case{20, 9, 33, QueryTiles::kSeveral, false}}) {
+    SCOPED_TRACE(std::to_string(c.batch_size) + " requests of " + std::to_string(c.blocks) + " blocks, " +
+                 std::to_string(c.num_parts) + " parts");
+    const std::vector<std::int32_t> seqlens(c.batch_size, c.blocks * kBlockN);
+    const Plan plan = make_plan(seqlens, c.num_parts, c.tiles);
+    check_cover(seqlens, plan);
+    EXPECT_EQ(plan.num_splits[c.batch_size] > c.batch_size, c.is_split);
+  }
+}
+
 TEST(Scheduler, HasAPartForEachCtaThatTheSmsHold) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
   EXPECT_EQ(num_sm_parts(132, 1, 1), 132);
   EXPECT_EQ(num_sm_parts(132, 64, 1), 132);
   EXPECT_EQ(num_sm_parts(132, 65, 1), 66);
   EXPECT_EQ(num_sm_parts(132, 128, 2), 33);
+  EXPECT_EQ(query_tiles(32), QueryTiles::kNarrow);
+  EXPECT_EQ(query_tiles(33), QueryTiles::kOne);
+  EXPECT_EQ(query_tiles(65), QueryTiles::kSeveral);
   static_assert(num_sm_parts(132, kMost, 1) == 1, "a constant, which must not overflow");
   static_assert(num_sm_parts(132, 1, kMost) == 1);
 }

@@ -64,7 +64,7 @@ def library() -> Any:
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
         ctypes.POINTER(ctypes.c_int64),
     )
-    loaded.flash_mla_plan_dense_decode.argtypes = (tensor, tensor, tensor, ctypes.c_void_p)
+    loaded.flash_mla_plan_dense_decode.argtypes = (tensor, ctypes.c_int64, tensor, tensor, ctypes.c_void_p)
     loaded.flash_mla_dense_decode_workspace_size.argtypes = (arguments, ctypes.POINTER(size))
     loaded.flash_mla_dense_decode_max_workspace_size.argtypes = (arguments, ctypes.POINTER(size))
     loaded.flash_mla_dense_decode.argtypes = (arguments, ctypes.c_void_p, size, ctypes.c_void_p)
@@ -171,8 +171,8 @@ def test_plans_on_the_cpu(library: Any) -> None:
     parts = ctypes.c_int64()
     assert library.flash_mla_dense_decode_num_sm_parts(32, 1, CPU, 0, parts) == OK
     metadata, num_splits = np.zeros((parts.value, 8), np.int32), np.zeros(5, np.int32)
-    arrays = (describe(array) for array in (case.cache_seqlens, metadata, num_splits))
-    assert library.flash_mla_plan_dense_decode(*arrays, None) == OK, last_error(library)
+    lengths, *plan = (describe(array) for array in (case.cache_seqlens, metadata, num_splits))
+    assert library.flash_mla_plan_dense_decode(lengths, 32, *plan, None) == OK, last_error(library)
     assert num_splits.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -338,8 +338,9 @@ def plan_on_gpu(library: Any, torch: Any, case: Case, arguments: Arguments, stre
     num_splits = torch.zeros(case.spec.batch_size + 1, dtype=torch.int32, device="cuda")
     torch.cuda.synchronize()
     arguments.tile_scheduler_metadata, arguments.num_splits = describe(metadata), describe(num_splits)
-    arrays = describe(case.cache_seqlens), arguments.tile_scheduler_metadata, arguments.num_splits
-    assert library.flash_mla_plan_dense_decode(*arrays, stream.cuda_stream) == OK, last_error(library)
+    lengths, *plan = describe(case.cache_seqlens), arguments.tile_scheduler_metadata, arguments.num_splits
+    status = library.flash_mla_plan_dense_decode(lengths, case.num_q_tokens_per_head_k, *plan, stream.cuda_stream)
+    assert status == OK, last_error(library)
     return metadata, num_splits
 
 

@@ -200,7 +200,9 @@ def test_names_the_wrong_array_of_a_plan(mistake: Mistake) -> None:
     made = {name: {"shape": extents, "dtype": element} for name, (extents, element) in arrays.items()}
     made[mistake.argument] |= mistake.array
     with pytest.raises(mistake.error, match=rf"^{mistake.argument}: .*{mistake.message}"):
-        _C.plan_dense_decode(**{name: FakeArray(**options) for name, options in made.items()})
+        _C.plan_dense_decode(
+            **{name: FakeArray(**options) for name, options in made.items()}, num_q_tokens_per_head_k=1
+        )
 
 
 # The public functions, on the CPU.

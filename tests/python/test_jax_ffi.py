@@ -267,11 +267,11 @@ def test_the_handlers_errors_reach_the_caller() -> None:
     left_out(*(jax_module.numpy.asarray(x) for x in arrays_of(make_case(CPU_SPEC))))  # registers the handlers
     shape = jax_module.ShapeDtypeStruct((1,), "int32")
     call = jax_module.ffi.ffi_call("flash_mla_plan_dense_decode", (shape, shape))
-    seqlens = jax_module.numpy.zeros(3, "int32")
+    seqlens, rows = jax_module.numpy.zeros(3, "int32"), np.int64(1)
     with pytest.raises(RuntimeError, match=r"tile_scheduler_metadata: expected shape \(num_sm_parts, 8\), got \(1,\)"):
-        jax_module.block_until_ready(call(seqlens))
+        jax_module.block_until_ready(call(seqlens, num_q_tokens_per_head_k=rows))
     with pytest.raises(RuntimeError, match="custom call: expected 1 arguments and 2 results, got 2 and 2"):
-        jax_module.block_until_ready(call(seqlens, seqlens))
+        jax_module.block_until_ready(call(seqlens, seqlens, num_q_tokens_per_head_k=rows))
 
 
 # The ABI that the handlers are written to

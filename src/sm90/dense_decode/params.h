@@ -63,6 +63,7 @@ struct DenseDecodeParams {
 
   const scheduler::Part* parts;  // (num_parts,), or null: planned in the kernel, or nothing to plan
   int num_parts;
+  scheduler::QueryTiles tiles;  // what a plan that is made here depends on
 
   float softmax_scale_log2;  // the softmax's scale times log2(e)
   bool causal;

@@ -166,7 +166,7 @@ __device__ __forceinline__ SplitRequest continued_split(const scheduler::Part& p
 static __device__ __noinline__ void plan_part_of_large_batch(const DenseDecodeParams& params, int part_idx,
                                                              PartPlan& plan) {
   std::int32_t pieces;
-  const scheduler::WarpPlan batch(params.cache_seqlens, params.batch_size, params.num_parts);
+  const scheduler::WarpPlan batch(params.cache_seqlens, params.batch_size, params.num_parts, params.tiles);
   const scheduler::Part part = batch.row(part_idx, pieces);
   write_plan(params, part_idx, part, continued_split(part, pieces), plan);
 }
@@ -185,8 +185,8 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
     if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
   } else if (params.parts == nullptr) {
     std::int32_t pieces;
-    if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, part_idx, part,
-                                    pieces)) {
+    if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, params.tiles, part_idx,
+                                    part, pieces)) {
       plan_part_of_large_batch(params, part_idx, plan);
       return;
     }

@@ -174,7 +174,7 @@ static void check_plan(void) {
          "num_sm_parts");
   expect(num_sm_parts == 1, "the CPU is one part");
   const flash_mla_tensor parts = tensor(metadata, FLASH_MLA_INT32, 2, num_sm_parts, 8, 0, 0);
-  expect(flash_mla_plan_dense_decode(&lengths, &parts, &splits, NULL) == FLASH_MLA_OK, "a plan on the CPU");
+  expect(flash_mla_plan_dense_decode(&lengths, HEADS, &parts, &splits, NULL) == FLASH_MLA_OK, "a plan on the CPU");
   for (int b = 0; b <= BATCH; ++b) expect(num_splits[b] == b, "one split for each request");
 }
 
