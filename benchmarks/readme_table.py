@@ -87,7 +87,7 @@ def tables(
     wide: dict[str, Any] | None = None,
     steps: dict[str, Any] | None = None,
 ) -> str:
-    """A table for each GPU's result, what words mean, and what the cases of `wide` and random `steps` take."""
+    """A table for each GPU's result, what words mean, and what the short cases of `wide` and random `steps` take."""
     parts = [table(decode) for decode in decodes]
     parts.append(
         "As CUDA graphs, with L2 cold and the plan given. Hot: bursts under the power limit; cold: a few calls after a "
@@ -95,7 +95,9 @@ def tables(
     )
     if wide is not None:
         times = (
-            f"{case['shape']['name']} {case['hot']['us']:.1f} us{share_of_flash_mla(case)}" for case in wide["cases"]
+            f"{case['shape']['name']} {case['hot']['us']:.1f} us{share_of_flash_mla(case)}"
+            for case in wide["cases"]
+            if case["shape"]["unit"] == "us"
         )
         parts[-1] += (
             f"\nWhere tables have room for {table_tokens(wide):,} tokens a request, hot, on one "
