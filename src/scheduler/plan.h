@@ -13,7 +13,7 @@ struct PlanArguments {
   const std::int32_t* cache_seqlens;  // (batch_size,)
   std::int32_t batch_size;
   std::int32_t num_parts;
-  QueryTiles tiles;
+  QueryTiles tiles;          // of the calls
   Part* parts;               // (num_parts,)
   std::int32_t* num_splits;  // (batch_size + 1,), or null where nobody asks for it
 };

@@ -18,7 +18,8 @@
 // pays for one piece.
 //
 // Where parts are short, intervals could not hold a piece's whole cost, and cuts count less. What is decided by costs
-// counts all of it: with cuts some parts would have pieces of three requests.
+// counts all of it: with cuts some parts would have pieces of three requests. And short requests stay whole, a part for
+// each, where merging takes longer than their blocks: longest_kept_whole.
 
 #if defined(__CUDACC__)
 #define FLASH_MLA_HOST_DEVICE __host__ __device__
@@ -38,11 +39,13 @@ constexpr std::int64_t kMaxPieceCost = 2;
 /// of their work; and a share of the work in long parts, whose CTAs end the further apart.
 constexpr std::int32_t kMergeTime = 3;
 constexpr std::int32_t kMaxMergeCost = 7;
-/// The same where each request has parts of its own: a part merges one request, and not two.
-constexpr std::int32_t kOwnMergeTime = 2;
-constexpr std::int32_t kLongestWholeNarrow = 4;
 constexpr std::int32_t kShortMergeShare = 4;
 constexpr std::int32_t kMergeShare = 16;
+
+/// The time of merging, in blocks, where each request has parts of its own: a part merges one request, and not two. And
+/// the longest request that is kept whole for it in tiles of few rows. Measured: docs/kernels/dense_decode.md.
+constexpr std::int32_t kOwnMergeTime = 2;
+constexpr std::int32_t kLongestWholeNarrow = 4;
 
 /// What the query rows of a KV head fill: a tile of fewer than 64 rows, one of 64, or several. A block of few rows
 /// takes as long as memory, on however many SMs the others are; one of 64 rows, as long as its CTA's tensor cores. So
@@ -166,7 +169,7 @@ class SplitPlan {
   FLASH_MLA_HOST_DEVICE std::int64_t whole_requests(std::int32_t batch_size) const {
     return divide(batch_size + num_parts_ - 1, num_parts_);
   }
-  /// Whether a part may have so many whole requests of this cost().
+  /// Whether a part may have so many whole requests of this cost(). An empty one counts as a piece here.
   FLASH_MLA_HOST_DEVICE bool allows_whole(std::int64_t cost, std::int64_t num_requests) const {
     const std::int64_t share = divide(full_cost_, num_parts_);
     return cost + (kMaxPieceCost - piece_cost_) * num_requests <= share + kMaxPieceCost + merge_cost(share);

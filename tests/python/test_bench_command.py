@@ -431,16 +431,18 @@ def test_readme_table_reads_a_new_result() -> None:
     assert "relative to FA3 (fa3 1.0), in turn" in text
 
 
-def test_readme_tells_of_wide_tables() -> None:
+def test_readme_tells_of_wide_tables_in_short_cases() -> None:
     module = readme_table()
-    wide = decode_result(SHAPES[:1])
+    wide = decode_result((SHAPES[0], SHAPES[-1]))
     assert module.table_tokens(wide) == 0
-    wide["cases"][0]["shape"]["table_tokens"] = 163840
-    wide["cases"][0]["ratio_to_peers"] = {"FlashMLA": {"hot": 2.0, "cold": 1.6}}
+    for case in wide["cases"]:
+        case["shape"]["table_tokens"] = 163840
+        case["ratio_to_peers"] = {"FlashMLA": {"hot": 2.0, "cold": 1.6}}
     assert module.table_tokens(wide) == 163840
     text = module.tables([decode_result()], None, wide)
     assert "Where tables have room for 163,840 tokens a request" in text
-    assert f"{SHAPES[0].name} {wide['cases'][0]['hot']['us']:.1f} us, 0.50 of FlashMLA's time." in text
+    last = wide["cases"][-1]
+    assert f"abc1234: {SHAPES[-1].name} {last['hot']['us']:.1f} us, 0.50 of FlashMLA's time." in text
 
 
 def test_table_beside_flash_mla() -> None:

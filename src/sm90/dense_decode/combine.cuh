@@ -42,18 +42,21 @@ class Combine {
   static constexpr int kLoadingWarps = kWarps - kWeighingWarps;
   static_assert(kWeighingWarps == kLoadingWarps && kWarps == MergeBarriers::kNumShares, "what MergeBarriers counts");
 
-  /// Whether there is a lane for each total of any slice that is not added in shares, and a warp left over.
+  /// Whether there is a lane for each total of any slice that is not added in shares, and for each row one of a warp
+  /// that is left over.
   static constexpr bool has_lane_for_each_total() {
     for (int n = 2; n <= scheduler::kMaxParts; ++n) {
       const int units = Memory::max_units(n);
       if (units == 1 && n >= Sums::kMinPiecesInShares) continue;
+      const int rows = units * Slot::kRowsOfUnit;
       int lanes = 2;
       while (lanes < n) lanes *= 2;
-      if (lanes > 32 || units * Slot::kRowsOfUnit * lanes > 32 * (kWeighingWarps - 1)) return false;
+      if (rows > 32 || lanes > 32 || rows * lanes > 32 * (kWeighingWarps - 1)) return false;
     }
     return true;
   }
   static constexpr bool kHasLaneForEachTotal = has_lane_for_each_total();
+  static_assert(!kHasLaneForEachTotal || !Traits::kKeepsTotals, "all totals are taken from the workspace");
 
  public:
   /// `rows`: of the tile, outside of `shared`: shared memory that nothing else uses any more once all consumers are
