@@ -103,37 +103,12 @@ inline DenseDecodeArguments make_arguments(const Extents& e, Device device, std:
   return args;
 }
 
-/// Leaves a case's first requests.
-inline void take_first(DenseDecodeArguments& args, std::int64_t batch) {
-  for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
-    tensor->shape[0] = batch;
-  }
-}
-
 inline DenseDecodeArguments host_arguments(HostCase& host, Device device) {
   return make_arguments(host.extents, device, host.q.data(), host.k_cache.data(), host.block_table.data(),
                         host.cache_seqlens.data(), host.out.data(), host.lse.data());
 }
 
-/// A host case's arrays on the GPU.
-struct DeviceCase {
-  explicit DeviceCase(const HostCase& host)
-      : q(host.q),
-        k_cache(host.k_cache),
-        out(host.out),
-        block_table(host.block_table),
-        cache_seqlens(host.cache_seqlens),
-        lse(host.lse),
-        args(make_arguments(host.extents, kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(),
-                            out.data(), lse.data())) {}
-
-  OnDevice<std::uint16_t> q, k_cache, out;
-  OnDevice<std::int32_t> block_table, cache_seqlens;
-  OnDevice<float> lse;
-  DenseDecodeArguments args;
-};
-
-/// A plan for a case's first requests on the GPU, with its arrays in the arguments.
+/// A plan on the GPU, with its arrays in the arguments.
 struct GivenPlan {
   GivenPlan(DenseDecodeArguments& args, std::int64_t num_parts)
       : metadata(std::vector<std::int32_t>(num_parts * kTileSchedulerMetadataSize, -1)),
@@ -147,6 +122,30 @@ struct GivenPlan {
   }
 
   OnDevice<std::int32_t> metadata, num_splits;
+};
+
+/// The arrays of a host case's first requests on the GPU, with a plan if the case has one.
+struct DeviceCase {
+  explicit DeviceCase(const HostCase& host, std::size_t batch = kSeqlens.size())
+      : q(host.q),
+        k_cache(host.k_cache),
+        out(host.out),
+        block_table(host.block_table),
+        cache_seqlens(host.cache_seqlens),
+        lse(host.lse),
+        args(make_arguments(host.extents, kGpu, q.data(), k_cache.data(), block_table.data(), cache_seqlens.data(),
+                            out.data(), lse.data())) {
+    for (Tensor* tensor : {&args.q, &args.block_table, &args.cache_seqlens, &args.out, &args.lse}) {
+      tensor->shape[0] = static_cast<std::int64_t>(batch);
+    }
+    if (host.extents.num_parts > 0) plan.emplace(args, host.extents.num_parts);
+  }
+
+  OnDevice<std::uint16_t> q, k_cache, out;
+  OnDevice<std::int32_t> block_table, cache_seqlens;
+  OnDevice<float> lse;
+  DenseDecodeArguments args;
+  std::optional<GivenPlan> plan;
 };
 
 /// A decode in a graph, on a stream of its own.
@@ -176,12 +175,12 @@ class CapturedDecode {
   cudaGraphExec_t graph_ = nullptr;
 };
 
-/// Decodes on the GPU, in the current context, and holds the results against the CPU's.
-inline void expect_agreement(const Extents& extents) {
+/// Decodes on the GPU, in the current context, and holds the results against the CPU's. `rows`: of a plan that is
+/// another than what would be made.
+inline void expect_agreement(const Extents& extents, const std::vector<std::int32_t>& rows = {}) {
   HostCase host(extents);
   DeviceCase device(host);
-  std::optional<GivenPlan> plan;
-  if (extents.num_parts > 0) plan.emplace(device.args, extents.num_parts);
+  if (!rows.empty()) device.plan->metadata.set(rows);
   const std::size_t size = dense_decode_workspace_size(device.args);
   EXPECT_LE(size, dense_decode_max_workspace_size(device.args));
   const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));

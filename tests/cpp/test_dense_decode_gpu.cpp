@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <random>
 #include <string>
 #include <tuple>
@@ -49,6 +48,44 @@ INSTANTIATE_TEST_SUITE_P(PlannedExtents, DenseDecodeGpuGrid,
                                          Extents{128, 1, 64, false, kMaxTokens, 2}),
                          name_of);
 
+/// Two parts that have half of the longest request each, and nothing else: both merge, a slice each.
+TEST_F(DenseDecodeGpu, MergesTwoPiecesInSlices) {
+  constexpr int kParts = 6;
+  std::vector<std::int32_t> rows{0, 0, 0, 20, 2, 0, 0, 0, 0, 20, 0, INT32_MAX, 1, 0, 0, 0};
+  for (std::int32_t part = 2; part < kParts; ++part) {
+    for (const std::int32_t value : {part - 1, 0, part - 1, INT32_MAX, 1, part, 0, 0}) rows.push_back(value);
+  }
+  for (const int num_heads_q : {16, 32, 40, 128}) {
+    SCOPED_TRACE(num_heads_q);
+    expect_agreement(Extents{num_heads_q, 1, 64, false, kMaxTokens, kParts}, rows);
+  }
+}
+
+/// Plans on the GPU and on the host, for few and many query rows, into arrays that hold other values.
+void expect_the_plan_of_the_host(const std::vector<std::int32_t>& seqlens, std::int64_t parts) {
+  const auto batch = static_cast<std::int64_t>(seqlens.size());
+  std::vector<std::int32_t> lengths = seqlens;
+  const OnDevice<std::int32_t> gpu_lengths(seqlens);
+  for (const int query_rows : {16, 32, 64, 128}) {
+    SCOPED_TRACE(std::to_string(batch) + " requests, of which the first has " + std::to_string(seqlens[0]) +
+                 " tokens, " + std::to_string(parts) + " parts, " + std::to_string(query_rows) + " rows");
+    // Part is 16-byte aligned; vectors of int32 are as well, on every allocator this test meets.
+    std::vector<std::int32_t> metadata(parts * kTileSchedulerMetadataSize, -1), splits(batch + 1, -1);
+    const OnDevice<std::int32_t> gpu_metadata(std::vector<std::int32_t>(metadata.size(), -2));
+    const OnDevice<std::int32_t> gpu_splits(std::vector<std::int32_t>(splits.size(), -2));
+    const auto plan = [&](Device device, std::int32_t* seqlens_data, std::int32_t* rows, std::int32_t* sums) {
+      plan_dense_decode(make_tensor(seqlens_data, DType::kInt32, device, batch), query_rows,
+                        make_tensor(rows, DType::kInt32, device, parts, kTileSchedulerMetadataSize),
+                        make_tensor(sums, DType::kInt32, device, batch + 1), nullptr);
+    };
+    plan(kCpu, lengths.data(), metadata.data(), splits.data());
+    plan(kGpu, gpu_lengths.data(), gpu_metadata.data(), gpu_splits.data());
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    ASSERT_EQ(gpu_metadata.to_host(), metadata);
+    ASSERT_EQ(gpu_splits.to_host(), splits);
+  }
+}
+
 TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
   std::mt19937 random(3);
   for (const int batch : {1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 128, 1000, 1024, 1025, 5000, 100000}) {
@@ -56,25 +93,31 @@ TEST_F(DenseDecodeGpu, PlansAsTheHostDoes) {
       for (const int max_seqlen : {0, 1, 128, 300, 600, 2048, 8192, 100000, 1 << 20, 1 << 21}) {
         std::vector<std::int32_t> seqlens(batch);
         for (std::int32_t& value : seqlens) {
-          value = random() % 4 == 0 ? 0 : static_cast<std::int32_t>(random() % (max_seqlen + 1));
+          const auto seqlen = static_cast<std::int32_t>(random() % (max_seqlen + 1));
+          value = random() % 4 != 0 ? seqlen : random() % 2 == 0 ? 0 : -seqlen;
         }
-        std::vector<std::int32_t> metadata(std::size_t(parts) * kTileSchedulerMetadataSize, -1), splits(batch + 1, -1);
-        const OnDevice<std::int32_t> gpu_seqlens(seqlens), gpu_metadata(metadata), gpu_splits(splits);
-        const auto plan = [&](Device device, int query_rows, std::int32_t* lengths, std::int32_t* rows,
-                              std::int32_t* sums) {
-          plan_dense_decode(make_tensor(lengths, DType::kInt32, device, batch), query_rows,
-                            make_tensor(rows, DType::kInt32, device, parts, kTileSchedulerMetadataSize),
-                            make_tensor(sums, DType::kInt32, device, batch + 1), nullptr);
-        };
-        // Part is 16-byte aligned; vectors of int32 are as well, on every allocator this test meets.
-        for (const int query_rows : {16, 64, 128}) {
-          SCOPED_TRACE(std::to_string(batch) + " requests of up to " + std::to_string(max_seqlen) + " tokens, " +
-                       std::to_string(parts) + " parts, " + std::to_string(query_rows) + " rows");
-          plan(kCpu, query_rows, seqlens.data(), metadata.data(), splits.data());
-          plan(kGpu, query_rows, gpu_seqlens.data(), gpu_metadata.data(), gpu_splits.data());
-          ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-          ASSERT_EQ(gpu_metadata.to_host(), metadata);
-          ASSERT_EQ(gpu_splits.to_host(), splits);
+        expect_the_plan_of_the_host(seqlens, parts);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+/// Short requests of about equal lengths, where a plan's ways are closest to each other.
+TEST_F(DenseDecodeGpu, PlansShortRequestsAsTheHostDoes) {
+  std::mt19937 random(9);
+  for (const int parts : {33, 66, 132}) {
+    for (const int share : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16}) {  // eighths of as many requests as parts
+      const int batch = parts * share / 8;
+      for (int blocks = 1; blocks <= 14; ++blocks) {
+        for (const int kind : {0, 1, 2}) {  // equal, nearly so, with some that are empty
+          std::vector<std::int32_t> seqlens(batch);
+          for (std::int32_t& value : seqlens) {
+            value = (blocks + static_cast<std::int32_t>(random() % (kind + 1))) * 64;
+            if (kind == 2 && random() % 8 == 0) value = 0;
+          }
+          expect_the_plan_of_the_host(seqlens, parts);
+          if (HasFatalFailure()) return;
         }
       }
     }
@@ -107,9 +150,8 @@ TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
     SCOPED_TRACE(name_of({c.extents, 0}) + ", batch " + std::to_string(c.batch) +
                  (c.is_planned ? ", planned, " : ", ") + std::to_string(c.parts));
     const HostCase host(c.extents);
-    DeviceCase device(host);
+    DeviceCase device(host, c.batch);
     DenseDecodeArguments& args = device.args;
-    take_first(args, c.batch);
     const std::int64_t rows_q = c.extents.num_heads_q * c.extents.seqlen_q;
     const std::int64_t parts = c.parts > 0 ? c.parts : dense_decode_num_sm_parts(rows_q, 1, kGpu);
     const int plan_size = static_cast<int>(parts) * kTileSchedulerMetadataSize;
@@ -198,10 +240,7 @@ TEST_F(DenseDecodeOnBusyGpu, NeedsNoMoreSmsThanThereAre) {
       const Extents extents{num_heads_q, 1, 64, false, max_tokens, num_parts};
       SCOPED_TRACE(name_of({extents, 0}) + ", batch " + std::to_string(batch));
       const HostCase host(extents);
-      DeviceCase device(host);
-      take_first(device.args, batch);
-      std::optional<GivenPlan> plan;
-      if (num_parts > 0) plan.emplace(device.args, num_parts);
+      const DeviceCase device(host, batch);
       const std::size_t size = dense_decode_workspace_size(device.args);
       const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
       // Replayed, so that what a launch leaves in the workspace meets one with the same token.
