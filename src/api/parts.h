@@ -19,8 +19,9 @@ constexpr std::int64_t num_sm_parts(int num_sms, std::int64_t num_q_tokens_per_h
 
 /// What query rows of a KV head fill.
 constexpr scheduler::QueryTiles query_tiles(std::int64_t num_q_tokens_per_head_k) {
-  if (num_q_tokens_per_head_k <= sm90::kMaxNarrowRows) return scheduler::QueryTiles::kNarrow;
-  return num_q_tokens_per_head_k <= sm90::kBlockM ? scheduler::QueryTiles::kOne : scheduler::QueryTiles::kSeveral;
+  if (num_q_tokens_per_head_k <= sm90::kMinTileRows) return scheduler::QueryTiles::k16Rows;
+  if (num_q_tokens_per_head_k <= sm90::kMaxNarrowRows) return scheduler::QueryTiles::k32Rows;
+  return num_q_tokens_per_head_k <= sm90::kBlockM ? scheduler::QueryTiles::k64Rows : scheduler::QueryTiles::kSeveral;
 }
 
 }  // namespace flash_mla

@@ -46,11 +46,11 @@ __device__ int find_request(const std::int64_t* offsets, int count, std::int64_t
 }
 
 /// Whether all parts can take whole requests. `offsets` holds the prefix sums of cost of the whole batch.
-__device__ bool keeps_whole(const SplitPlan& plan, const std::int64_t* offsets, int batch_size) {
+__device__ bool keeps_whole(const SplitPlan& plan, QueryTiles tiles, const std::int64_t* offsets, int batch_size) {
   const int count = static_cast<int>(plan.whole_requests(batch_size));
   const int begin = threadIdx.x * count;
   const int end = min(begin + count, batch_size);
-  return __syncthreads_and(begin >= batch_size || plan.allows_whole(offsets[end] - offsets[begin], end - begin));
+  return __syncthreads_and(begin >= batch_size || plan.allows_whole(tiles, offsets[end] - offsets[begin], end - begin));
 }
 
 /// One CTA. First the sums over all requests, then, kThreads requests at a time, their prefix sums of cost: each
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArguments args) {
     if (threadIdx.x == 0) offsets[0] = chunk_offset;
     offsets[threadIdx.x + 1] = end_offset;
     __syncthreads();
-    if (args.batch_size <= kMaxBatchKeptWhole && keeps_whole(plan, offsets, args.batch_size)) {
+    if (may_keep_whole(args.batch_size) && keeps_whole(plan, args.tiles, offsets, args.batch_size)) {
       for (int part = threadIdx.x; part < args.num_parts; part += kThreads) {
         plan.write_whole(args.parts[part], part, args.batch_size);
       }

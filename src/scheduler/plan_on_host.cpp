@@ -5,21 +5,21 @@
 namespace flash_mla::scheduler {
 namespace {
 
+/// Whether all parts can take the same number of whole requests.
 bool keeps_whole(const PlanArguments& args, const SplitPlan& plan) {
-  if (args.batch_size < kMinBatchKeptWhole || args.batch_size > kMaxBatchKeptWhole) return false;
+  if (!may_keep_whole(args.batch_size)) return false;
   const auto count = static_cast<std::int32_t>(plan.whole_requests(args.batch_size));
   for (std::int32_t begin = 0; begin < args.batch_size; begin += count) {
     const std::int32_t end = std::min(begin + count, args.batch_size);
     std::int64_t cost = 0;
     for (std::int32_t i = begin; i < end; ++i) cost += plan.cost(args.cache_seqlens[i]);
-    if (!plan.allows_whole(cost, end - begin)) return false;
+    if (!plan.allows_whole(args.tiles, cost, end - begin)) return false;
   }
   return true;
 }
 
 /// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none.
 std::int64_t own_quota(const PlanArguments& args, const SplitPlan& plan, const Workload& work) {
-  if (!plans_within_a_warp(args.batch_size, args.num_parts)) return 0;
   for (std::int64_t quota = plan.least_quota(work, args.num_parts); quota <= plan.largest_quota(); ++quota) {
     std::int64_t num_parts = 0;
     for (std::int32_t i = 0; i < args.batch_size; ++i) num_parts += SplitPlan::own_parts(args.cache_seqlens[i], quota);
@@ -29,8 +29,8 @@ std::int64_t own_quota(const PlanArguments& args, const SplitPlan& plan, const W
 }
 
 /// Whether a part for each request is sooner done than these parts of their own, or cuts.
-bool keeps_short_whole(const PlanArguments& args, const SplitPlan& plan, std::int64_t quota) {
-  if (args.batch_size < kMinBatchKeptWhole || !plans_within_a_warp(args.batch_size, args.num_parts)) return false;
+bool keeps_each_whole(const PlanArguments& args, const SplitPlan& plan, std::int64_t quota) {
+  if (!may_keep_whole(args.batch_size)) return false;
   const std::int64_t longest = plan.longest_kept_whole(args.tiles, quota);
   return std::all_of(args.cache_seqlens, args.cache_seqlens + args.batch_size,
                      [&](std::int32_t seqlen) { return num_blocks(seqlen) <= longest; });
@@ -78,9 +78,9 @@ void plan_on_host(const PlanArguments& args) {
   Workload work;
   for (std::int32_t i = 0; i < args.batch_size; ++i) work.add(args.cache_seqlens[i]);
   const SplitPlan plan(work, args.num_parts);
-  const bool is_whole = keeps_whole(args, plan);
-  const std::int64_t quota = is_whole ? 0 : own_quota(args, plan, work);
-  if (is_whole || keeps_short_whole(args, plan, quota)) {
+  const bool has_part_for_each = plans_within_a_warp(args.batch_size, args.num_parts);
+  const std::int64_t quota = has_part_for_each ? own_quota(args, plan, work) : 0;
+  if (has_part_for_each ? keeps_each_whole(args, plan, quota) : keeps_whole(args, plan)) {
     plan_whole(args, plan);
   } else if (quota > 0) {
     plan_own_parts(args, quota);

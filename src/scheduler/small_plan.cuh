@@ -34,23 +34,20 @@ class SmallPlan {
     const std::int32_t share = parts.divide(cost);
     continued_pieces = 0;
     SplitPlan::write_empty(row, part, batch_size);
-    // Both sides have a piece's cost beside, and a block is never more.
-    bool keeps_whole = __all_sync(kAllLanes, blocks <= share + merge_cost(share));
-
     const std::int32_t largest = parts.divide(cost - kPieceCost + parts.value - 1);
     std::int32_t quota = Divisor(max_parts).divide(work + max_parts - 1);
     std::int32_t count = 0;
-    for (; !keeps_whole; ++quota) {
-      if (quota > largest) return false;
+    for (;; ++quota) {
+      if (quota > largest) quota = 0;
+      if (quota == 0) break;
       count = max(Divisor(quota).divide(blocks + quota - 1), is_request ? 1 : 0);
       if (static_cast<std::int32_t>(__reduce_add_sync(kAllLanes, count)) <= max_parts) break;
     }
-    keeps_whole |=
-        tiles != QueryTiles::kSeveral && __all_sync(kAllLanes, blocks <= SplitPlan::longest_of_own(tiles, quota));
-    if (keeps_whole) {
+    if (__all_sync(kAllLanes, blocks <= SplitPlan::longest_kept_whole(tiles, quota, share))) {
       if (part < batch_size) row = {part, 0, part, kToEnd, 1, part, {}};
       return true;
     }
+    if (quota == 0) return false;
     std::int32_t first = count;
 #pragma unroll
     for (int delta = 1; delta < 32; delta *= 2) {

@@ -12,14 +12,13 @@
 // that request's fixed cost once more; so the first interval is longer by one fixed cost than the others, which are
 // equal, and no part costs more than (total_cost - piece_cost) / num_parts + piece_cost, rounded up.
 //
-// Splitting writes and reads partial results. Where every part can take the same number of whole requests and none
-// gets much more than its share (batches of about equal lengths), no request is split. And where there are as many
-// parts as requests or more, each request gets parts of its own if that makes none longer than cuts would: a part then
-// pays for one piece.
+// Splitting writes and reads partial results. Where there are as many parts as requests or more, each request gets
+// parts of its own if that makes none longer than cuts would: a part then pays for one piece. And where every part can
+// take the same number of whole requests, and none gets so much more than its share that merging would be sooner, no
+// request is split. How much that is, depends on the query rows: merge_cost, longest_kept_whole.
 //
 // Where parts are short, intervals could not hold a piece's whole cost, and cuts count less. What is decided by costs
-// counts all of it: with cuts some parts would have pieces of three requests. And short requests stay whole, a part for
-// each, where merging takes longer than their blocks: longest_kept_whole.
+// counts all of it: with cuts some parts would have pieces of three requests.
 
 #if defined(__CUDACC__)
 #define FLASH_MLA_HOST_DEVICE __host__ __device__
@@ -35,22 +34,16 @@ constexpr int kBlockN = 64;
 /// What a piece costs beside its blocks (load of Q, epilogue, combine), in blocks.
 constexpr std::int64_t kMaxPieceCost = 2;
 
-/// What merging split requests costs a part, in blocks: a fixed time, of which short parts give no more than a quarter
-/// of their work; and a share of the work in long parts, whose CTAs end the further apart.
-constexpr std::int32_t kMergeTime = 3;
-constexpr std::int32_t kMaxMergeCost = 7;
-constexpr std::int32_t kShortMergeShare = 4;
-constexpr std::int32_t kMergeShare = 16;
+/// What the query rows of a KV head fill: a tile of 16, 32 or 64 rows, or several of 64. A block of few rows takes as
+/// long as memory, on however many SMs the others are; one of 64 rows, as long as its CTA's tensor cores. So splitting
+/// is worth most to few rows, and least to one tile of 64. CTAs of several tiles share KV.
+enum class QueryTiles : std::int32_t { k16Rows, k32Rows, k64Rows, kSeveral };
 
-/// The time of merging, in blocks, where each request has parts of its own: a part merges one request, and not two. And
-/// the longest request that is kept whole for it in tiles of few rows. Measured: docs/kernels/dense_decode.md.
+/// Where requests could have parts of their own: by how many blocks the longest that stays whole may be longer than
+/// these; and how long it may be, except with one tile of 64 rows. Measured: docs/kernels/dense_decode.md, "What a plan
+/// decides for short requests".
 constexpr std::int32_t kOwnMergeTime = 2;
-constexpr std::int32_t kLongestWholeNarrow = 4;
-
-/// What the query rows of a KV head fill: a tile of fewer than 64 rows, one of 64, or several. A block of few rows
-/// takes as long as memory, on however many SMs the others are; one of 64 rows, as long as its CTA's tensor cores. So
-/// pieces of short requests are worth most to few rows, and least to one tile of 64. CTAs of several tiles share KV.
-enum class QueryTiles : std::int32_t { kNarrow, kOne, kSeveral };
+constexpr std::int32_t kLongestShort = 4;
 
 /// Parts of a plan: more than any Hopper GPU has SMs.
 constexpr std::int32_t kMaxParts = 160;
@@ -64,6 +57,9 @@ FLASH_MLA_HOST_DEVICE inline bool plans_within_a_warp(std::int32_t batch_size, s
 /// which needs no sums: SplitPlan::write_alone.
 constexpr std::int32_t kMinBatchKeptWhole = 2;
 constexpr std::int32_t kMaxBatchKeptWhole = 1024;
+FLASH_MLA_HOST_DEVICE constexpr bool may_keep_whole(std::int32_t batch_size) {
+  return kMinBatchKeptWhole <= batch_size && batch_size <= kMaxBatchKeptWhole;
+}
 
 /// end_block of a piece that reaches the end of its request, whatever its length is when the kernel runs.
 constexpr std::int32_t kToEnd = INT32_MAX;
@@ -95,12 +91,21 @@ FLASH_MLA_HOST_DEVICE inline std::int64_t divide(std::int64_t a, std::int64_t b)
   return a / b;
 }
 
-/// How much more than its share, in blocks, a part may cost if no request is split.
+/// What merging costs a part, in blocks, of `share` of the work: a time, and some of the work, as CTAs of long parts
+/// end the further apart. Measured: docs/kernels/dense_decode.md, "Whole, or split".
 template <class Int>
-FLASH_MLA_HOST_DEVICE constexpr Int merge_cost(Int share) {
-  const Int time = share / kShortMergeShare < kMergeTime ? share / kShortMergeShare : kMergeTime;
-  const Int of_work = share / kMergeShare < kMaxMergeCost ? share / kMergeShare : kMaxMergeCost;
-  return time < of_work ? of_work : time;
+FLASH_MLA_HOST_DEVICE constexpr Int merge_cost(QueryTiles tiles, Int share) {
+  constexpr Int kMostOfWork = 4;
+  Int time = 4;
+  Int of_work = share / 64;
+  if (tiles == QueryTiles::k16Rows) {
+    time = 0;
+    of_work = share / 24;
+  } else if (tiles != QueryTiles::kSeveral) {
+    time = tiles == QueryTiles::k32Rows ? 2 : 3;
+    of_work = share / 12;
+  }
+  return time + (of_work < kMostOfWork ? of_work : kMostOfWork);
 }
 
 /// Sums over all requests, from which the plan follows.
@@ -169,10 +174,11 @@ class SplitPlan {
   FLASH_MLA_HOST_DEVICE std::int64_t whole_requests(std::int32_t batch_size) const {
     return divide(batch_size + num_parts_ - 1, num_parts_);
   }
-  /// Whether a part may have so many whole requests of this cost(). An empty one counts as a piece here.
-  FLASH_MLA_HOST_DEVICE bool allows_whole(std::int64_t cost, std::int64_t num_requests) const {
+  /// Whether a part may have so many whole requests of this cost(). For batches that WarpPlan does not take. An empty
+  /// request counts as a piece here.
+  FLASH_MLA_HOST_DEVICE bool allows_whole(QueryTiles tiles, std::int64_t cost, std::int64_t num_requests) const {
     const std::int64_t share = divide(full_cost_, num_parts_);
-    return cost + (kMaxPieceCost - piece_cost_) * num_requests <= share + kMaxPieceCost + merge_cost(share);
+    return cost + (kMaxPieceCost - piece_cost_) * num_requests <= share + kMaxPieceCost + merge_cost(tiles, share);
   }
   /// Blocks that a part works at least and may work at most where requests have parts of their own.
   FLASH_MLA_HOST_DEVICE std::int64_t least_quota(const Workload& work, std::int64_t max_parts) const {
@@ -182,17 +188,22 @@ class SplitPlan {
     const std::int64_t cost = full_cost_ > kMaxPieceCost ? full_cost_ - kMaxPieceCost : 0;
     return divide(cost + num_parts_ - 1, num_parts_);
   }
-  /// Blocks of the longest request with which a batch is kept whole, a part for each request, that would else have
-  /// parts of at most `quota` blocks, or be cut, if `quota` is 0.
+  /// Blocks of the longest request with which a batch of at most as many requests as parts is kept whole, a part for
+  /// each. `quota`: the blocks that parts of their own have at most; 0 if there are none, and requests would be cut.
   FLASH_MLA_HOST_DEVICE std::int64_t longest_kept_whole(QueryTiles tiles, std::int64_t quota) const {
-    if (quota == 0) return tiles == QueryTiles::kNarrow ? 0 : divide(full_cost_, num_parts_) + kMergeTime;
-    return tiles == QueryTiles::kSeveral ? 0 : longest_of_own(tiles, quota);
+    return longest_kept_whole(tiles, quota, divide(full_cost_, num_parts_));
   }
-  /// The same where there is a quota, and one tile.
+  /// `share`: of the full cost, a part's.
   template <class Int>
-  FLASH_MLA_HOST_DEVICE static Int longest_of_own(QueryTiles tiles, Int quota) {
+  FLASH_MLA_HOST_DEVICE static Int longest_kept_whole(QueryTiles tiles, Int quota, Int share) {
+    if (quota == 0) {
+      // Cuts give a part a second piece.
+      const Int of_piece = tiles == QueryTiles::k16Rows ? 0 : static_cast<Int>(kMaxPieceCost);
+      return share + of_piece + merge_cost(tiles, share);
+    }
+    if (tiles == QueryTiles::kSeveral && quota == 1) return 0;
     const Int longest = quota + kOwnMergeTime;
-    return tiles == QueryTiles::kNarrow && longest > kLongestWholeNarrow ? kLongestWholeNarrow : longest;
+    return tiles != QueryTiles::k64Rows && longest > kLongestShort ? kLongestShort : longest;
   }
   /// Parts of a request of its own, of at most `quota` blocks.
   FLASH_MLA_HOST_DEVICE static std::int32_t own_parts(std::int32_t seqlen_k, std::int64_t quota) {

@@ -19,12 +19,9 @@ class WarpPlan {
         requests_per_lane_((batch_size + 31) / 32),
         work_(read()),
         plan_(work_, num_parts) {
-    keeps_whole_ = find_whole();
-    if (!keeps_whole_) {
-      quota_ = find_quota();
-      keeps_whole_ = find_short(plan_.longest_kept_whole(tiles, quota_));
-      if (keeps_whole_) quota_ = 0;
-    }
+    quota_ = find_quota();
+    keeps_whole_ = has_none_above(plan_.longest_kept_whole(tiles, quota_));
+    if (keeps_whole_) quota_ = 0;
     std::int64_t mine = 0;
 #pragma unroll 1
     for (int i = 0; i < requests_per_lane_; ++i) mine += length(i);
@@ -90,16 +87,9 @@ class WarpPlan {
     return keeps_whole_ ? 1 : quota_ > 0 ? length(i) : plan_.num_pieces(offset, offset + length(i));
   }
 
-  __device__ bool find_whole() const {
-    bool fits = batch_size_ >= kMinBatchKeptWhole;
-#pragma unroll 1
-    for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || plan_.allows_whole(plan_.cost(seqlen(i)), 1);
-    return __all_sync(kAllLanes, fits);
-  }
-
   /// Whether no request is longer than so many blocks.
-  __device__ bool find_short(std::int64_t longest) const {
-    bool fits = batch_size_ >= kMinBatchKeptWhole;
+  __device__ bool has_none_above(std::int64_t longest) const {
+    bool fits = may_keep_whole(batch_size_);
 #pragma unroll 1
     for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || num_blocks(seqlen(i)) <= longest;
     return __all_sync(kAllLanes, fits);

@@ -21,7 +21,7 @@ struct Plan {
   std::vector<std::int32_t> num_splits;
 };
 
-Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts, QueryTiles tiles = QueryTiles::kOne) {
+Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts, QueryTiles tiles = QueryTiles::k64Rows) {
   constexpr std::int32_t kUnwritten = -12345;
   Plan plan;
   plan.parts.resize(num_parts, Part{kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, {}});
@@ -99,7 +99,8 @@ TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
   std::mt19937 random(7);
   for (const int batch_size : {1, 2, 3, 31, 64, 128, 129, 1024, 1025, 5000, 100000}) {
     for (const int num_parts : {1, 2, 16, 33, 66, 132, 500}) {
-      const QueryTiles tiles = std::array{QueryTiles::kNarrow, QueryTiles::kOne, QueryTiles::kSeveral}[random() % 3];
+      const QueryTiles tiles =
+          std::array{QueryTiles::k16Rows, QueryTiles::k32Rows, QueryTiles::k64Rows, QueryTiles::kSeveral}[random() % 4];
       SCOPED_TRACE("batch " + std::to_string(batch_size) + ", parts " + std::to_string(num_parts));
       const std::vector<std::int32_t> seqlens = lengths(GetParam(), batch_size, random);
       const Plan plan = make_plan(seqlens, num_parts, tiles);
@@ -107,13 +108,14 @@ TEST_P(SchedulerTest, CoversEveryBlockOnceWithinTheBound) {
       if (HasFailure()) return;
 
       // In units of blocks with the fixed cost of each piece: no part above its share, one more fixed cost, one block,
-      // and what keeping requests whole may cost. Cuts see a lower cost of pieces where parts are short.
+      // and what keeping requests whole may cost, which is what merging would, and a second piece. Cuts see a lower
+      // cost of pieces where parts are short.
       Workload work;
       for (const std::int32_t seqlen : seqlens) work.add(seqlen);
       const SplitPlan split(work, num_parts);
       const auto bound = [&](std::int64_t total_cost, std::int64_t piece_cost) {
         const std::int64_t share = total_cost / split.num_parts();
-        return share + piece_cost + 1 + std::max<std::int64_t>(merge_cost(share), kMergeTime);
+        return share + piece_cost + 1 + merge_cost(tiles, share) + kMaxPieceCost;
       };
       for (const Part& part : plan.parts) {
         std::int64_t cost = 0;
@@ -151,7 +153,8 @@ TEST(Scheduler, ShortRequestsHavePartsOfTheirOwn) {
   }
 }
 
-TEST(Scheduler, SplitsShortRequestsWhereThatIsSooner) {
+// What was measured: docs/kernels/dense_decode.md, "What a plan decides for short requests", "Whole, or split".
+TEST(Scheduler, SplitsEqualRequestsWhereThatIsSooner) {
   struct Case {
     int batch_size;
     int blocks;  // of each request
@@ -159,13 +162,36 @@ TEST(Scheduler, SplitsShortRequestsWhereThatIsSooner) {
     QueryTiles tiles;
     bool is_split;
   };
-  for (const Case& c : {Case{40, 4, 132, QueryTiles::kNarrow, false}, Case{48, 5, 132, QueryTiles::kNarrow, true},
-                        Case{80, 8, 132, QueryTiles::kNarrow, true}, Case{40, 4, 132, QueryTiles::kOne, false},
-                        Case{30, 4, 132, QueryTiles::kOne, true}, Case{80, 8, 132, QueryTiles::kOne, false},
-                        Case{90, 13, 132, QueryTiles::kOne, false}, Case{20, 5, 66, QueryTiles::kSeveral, true},
-                        Case{40, 8, 66, QueryTiles::kSeveral, false}, Case{20, 9, 33, QueryTiles::kSeveral, false}}) {
+  for (const Case& c : {// Parts of their own.
+                        Case{40, 4, 132, QueryTiles::k16Rows, false}, Case{48, 5, 132, QueryTiles::k32Rows, true},
+                        Case{40, 4, 132, QueryTiles::k64Rows, false}, Case{30, 4, 132, QueryTiles::k64Rows, true},
+                        Case{20, 5, 66, QueryTiles::kSeveral, true}, Case{20, 4, 66, QueryTiles::kSeveral, false},
+                        Case{15, 4, 66, QueryTiles::kSeveral, true}, Case{64, 5, 132, QueryTiles::k64Rows, false},
+                        Case{40, 3, 132, QueryTiles::k64Rows, false}, Case{30, 5, 66, QueryTiles::kSeveral, true},
+                        Case{10, 3, 66, QueryTiles::kSeveral, true},
+                        // A part for each, or cuts.
+                        Case{123, 64, 132, QueryTiles::k16Rows, true}, Case{124, 64, 132, QueryTiles::k16Rows, false},
+                        Case{109, 64, 132, QueryTiles::k64Rows, true}, Case{110, 64, 132, QueryTiles::k64Rows, false},
+                        Case{120, 128, 132, QueryTiles::k64Rows, true}, Case{121, 128, 132, QueryTiles::k64Rows, false},
+                        Case{92, 27, 132, QueryTiles::k64Rows, true}, Case{45, 24, 66, QueryTiles::kSeveral, true},
+                        Case{62, 131, 66, QueryTiles::kSeveral, false}, Case{80, 8, 132, QueryTiles::k16Rows, true},
+                        Case{124, 32, 132, QueryTiles::k16Rows, false}, Case{120, 64, 132, QueryTiles::k16Rows, true},
+                        Case{74, 8, 132, QueryTiles::k32Rows, false}, Case{74, 12, 132, QueryTiles::k32Rows, true},
+                        Case{120, 64, 132, QueryTiles::k32Rows, false}, Case{111, 96, 132, QueryTiles::k32Rows, true},
+                        Case{80, 8, 132, QueryTiles::k64Rows, false}, Case{90, 13, 132, QueryTiles::k64Rows, false},
+                        Case{102, 24, 132, QueryTiles::k64Rows, false}, Case{83, 24, 132, QueryTiles::k64Rows, true},
+                        Case{111, 64, 132, QueryTiles::k64Rows, false}, Case{102, 64, 132, QueryTiles::k64Rows, true},
+                        Case{128, 128, 132, QueryTiles::k64Rows, false}, Case{40, 8, 66, QueryTiles::kSeveral, false},
+                        Case{20, 9, 33, QueryTiles::kSeveral, false}, Case{46, 24, 66, QueryTiles::kSeveral, false},
+                        Case{42, 24, 66, QueryTiles::kSeveral, true}, Case{60, 128, 66, QueryTiles::kSeveral, true},
+                        // Several for each, or cuts.
+                        Case{220, 4, 132, QueryTiles::k16Rows, false}, Case{220, 8, 132, QueryTiles::k16Rows, true},
+                        Case{180, 4, 132, QueryTiles::k32Rows, false}, Case{180, 8, 132, QueryTiles::k32Rows, true},
+                        Case{220, 16, 132, QueryTiles::k64Rows, false}, Case{200, 16, 132, QueryTiles::k64Rows, true},
+                        Case{264, 64, 132, QueryTiles::k64Rows, false}, Case{200, 64, 132, QueryTiles::k64Rows, true},
+                        Case{100, 8, 66, QueryTiles::kSeveral, false}, Case{80, 8, 66, QueryTiles::kSeveral, true}}) {
     SCOPED_TRACE(std::to_string(c.batch_size) + " requests of " + std::to_string(c.blocks) + " blocks, " +
-                 std::to_string(c.num_parts) + " parts");
+                 std::to_string(c.num_parts) + " parts, tiles " + std::to_string(static_cast<int>(c.tiles)));
     const std::vector<std::int32_t> seqlens(c.batch_size, c.blocks * kBlockN);
     const Plan plan = make_plan(seqlens, c.num_parts, c.tiles);
     check_cover(seqlens, plan);
@@ -179,29 +205,12 @@ TEST(Scheduler, HasAPartForEachCtaThatTheSmsHold) {
   EXPECT_EQ(num_sm_parts(132, 64, 1), 132);
   EXPECT_EQ(num_sm_parts(132, 65, 1), 66);
   EXPECT_EQ(num_sm_parts(132, 128, 2), 33);
-  EXPECT_EQ(query_tiles(32), QueryTiles::kNarrow);
-  EXPECT_EQ(query_tiles(33), QueryTiles::kOne);
+  EXPECT_EQ(query_tiles(16), QueryTiles::k16Rows);
+  EXPECT_EQ(query_tiles(17), QueryTiles::k32Rows);
+  EXPECT_EQ(query_tiles(33), QueryTiles::k64Rows);
   EXPECT_EQ(query_tiles(65), QueryTiles::kSeveral);
   static_assert(num_sm_parts(132, kMost, 1) == 1, "a constant, which must not overflow");
   static_assert(num_sm_parts(132, 1, kMost) == 1);
-}
-
-TEST(Scheduler, SplitsEqualRequestsWhereBalanceIsWorthMerging) {
-  struct Case {
-    int batch_size;
-    int blocks;  // of each request
-    bool is_split;
-  };
-  // On 132 parts. Blocks of the longest part if none is split, and of a part's share: 128 and 124, 128 and 116, 16 and
-  // 12, 32 and 22, 128 and 97, 128 and 128.
-  for (const Case& c : {Case{128, 128, false}, Case{120, 128, true}, Case{100, 16, false}, Case{90, 32, true},
-                        Case{200, 64, true}, Case{264, 64, false}}) {
-    SCOPED_TRACE(std::to_string(c.batch_size) + " requests of " + std::to_string(c.blocks) + " blocks");
-    const Plan plan = make_plan(std::vector<std::int32_t>(c.batch_size, c.blocks * kBlockN), 132);
-    const bool is_split =
-        std::any_of(plan.parts.begin(), plan.parts.end(), [](const Part& part) { return part.num_pieces > 1; });
-    EXPECT_EQ(is_split, c.is_split);
-  }
 }
 
 TEST(Scheduler, BalancesOneLongRequestWithinOneBlock) {
