@@ -24,7 +24,10 @@ namespace flash_mla::sm90 {
 /// consumer warpgroups; produce, by the warps of the warpgroup behind them but the last, numbered from its first one;
 /// score, by the warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and, where Q is not loaded
 /// first, drop_first_block, by a thread of the first of these.
-template <class Kernel>
+///
+/// kPlansBatches: whether it makes plans of more than one request. Code is in the way of other code even where it does
+/// not run, so launches whose plan is given, and those of a lone request, have a kernel without that.
+template <class Kernel, bool kPlansBatches>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
   using Traits = typename Kernel::Traits;
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (warp == Traits::kQueryWarp && ptx::elect_one()) {
       Kernel::load_first_query(params, shared, tile, head_k, /*request=*/0);
     }
-    if (warp == Traits::kPlanWarp) plan_part(params, ptx::cta_z(), shared.plan);
+    if (warp == Traits::kPlanWarp) plan_part<kPlansBatches>(params, ptx::cta_z(), shared.plan);
     if (warp == Traits::kSplitsWarp) {
       if (threadIdx.x % 32 == 0) flags.raise(flags.begun(ptx::cta_z()));
       prefetch_tables(params, ptx::cta_z());
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     ptx::set_registers<Traits::kRegisters, Traits::kConsumerRegisters>();
     Kernel::consume(params, shared, tile, head_k, ptx::cta_z(), warpgroup);
     if (warp == 0 && lets_next_begin(params, shared.plan)) ptx::launch_dependents();
-    merge_splits<Traits>(params, shared, tile, head_k);
+    merge_splits<Traits, !kPlansBatches>(params, shared, tile, head_k);
   } else {
     ptx::set_registers<Traits::kRegisters, Traits::kScorerRegisters>();
     Kernel::score(params, shared, tile, head_k, ptx::cta_z());

@@ -12,11 +12,11 @@
 namespace flash_mla::sm90 {
 
 /// Launches a decode kernel. Its CTAs need not all run at the same time: see split_group.cuh.
-template <class Kernel>
+template <class Kernel, bool kPlansBatches>
 void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
   using Traits = typename Kernel::Traits;
   using Storage = typename Kernel::Storage;
-  constexpr auto kKernel = decode_kernel<Kernel>;
+  constexpr auto kKernel = decode_kernel<Kernel, kPlansBatches>;
   static_assert(sizeof(Storage) <= cuda::kMaxSharedBytes);
   static_assert(Storage::kMergeBytes >= SliceMemory<Traits>::kMinBytes, "what merging needs");
   static_assert(Storage::kMergeBytes <= offsetof(Storage, rows), "what merging reads");
@@ -26,6 +26,13 @@ void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) 
   const cuda::Launch launch("dense_decode", grid, dim3(Traits::kNumThreads), sizeof(Storage), stream,
                             cuda::Overlap::kWithPrevious);
   launch(kKernel, params);
+}
+
+/// The same, of the instantiation that the call needs.
+template <class Kernel>
+void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
+  const bool plans_batch = params.parts == nullptr && params.batch_size > 1;
+  (plans_batch ? launch_decode_kernel<Kernel, true> : launch_decode_kernel<Kernel, false>)(params, stream);
 }
 
 }  // namespace flash_mla::sm90

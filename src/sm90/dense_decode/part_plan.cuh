@@ -172,7 +172,8 @@ static __device__ __noinline__ void plan_part_of_large_batch(const DenseDecodePa
 }
 
 /// Writes the part, and where it is planned here the splits too. By one warp.
-__device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
+template <bool kPlansBatches>
+__device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   scheduler::Part part;
   SplitRequest continued{};
   if (params.parts != nullptr) part = params.parts[part_idx];
@@ -183,7 +184,7 @@ __device__ inline void plan_part(const DenseDecodeParams& params, int part_idx, 
                                     : scheduler::SplitPlan::write_alone(part, seqlen, part_idx, params.num_parts);
     const int slices = num_slices_of_lone(params, pieces);
     if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
-  } else if (params.parts == nullptr) {
+  } else if (kPlansBatches && params.parts == nullptr) {
     std::int32_t pieces;
     if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, params.tiles, part_idx,
                                     part, pieces)) {

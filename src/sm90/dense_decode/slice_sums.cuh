@@ -29,10 +29,18 @@ class SliceSums {
   static_assert(Slot::kUnitValues / 2 <= 32 * kWarps);
   static_assert(Traits::unit_row(32 * kVector) == 0, "all vectors of a lane are of one row");
 
+  // Of two pieces, a thread adds kValuesOfTwo values of each of kUnitsOfTwo units at once, kStepOfTwo units apart.
+  static constexpr int kValuesOfTwo = 8;
+  static constexpr int kUnitsOfTwo = 4;
+  static constexpr int kWarpsOfTwo = Slot::kUnitValues / (32 * kValuesOfTwo);  // of a unit
+  static constexpr int kStepOfTwo = kWarps / kWarpsOfTwo;
+
  public:
   /// Pieces from which on they are added in shares. The sums of a share, of float, then fit where its values were.
   static constexpr int kMinPiecesInShares = 2 * kWarps;
   static_assert(kMinPiecesInShares / kWarps * Slot::kUnitBytes >= Slot::kUnitValues * static_cast<int>(sizeof(float)));
+  /// Whether add_two can do half a tile's units.
+  static constexpr bool kAddsTwo = Slot::kNumUnits / 2 % (kUnitsOfTwo * kStepOfTwo) == 0;
   /// Threads that add_sums takes.
   static constexpr int kSumThreads = Slot::kUnitValues / 2;
 
@@ -68,6 +76,31 @@ class SliceSums {
       for (; piece < n; ++piece, from += step) accumulate(value, weights[piece], from);
       const Result& result = memory_.results[row];
       if (result.out != nullptr) write(result.out + Traits::unit_column(first), value, result.inverse_sum);
+    }
+  }
+
+  /// The same for two pieces, in half a tile or a whole one. One unit after the other, a thread would mostly wait.
+  __device__ __forceinline__ void add_two(int num_units) const {
+    const int first = (warp() % kWarpsOfTwo * 32 + lane()) * kValuesOfTwo;
+    const unsigned char* const values = memory_.values + first * sizeof(Value);
+#pragma unroll 1
+    for (int begin = warp() / kWarpsOfTwo; begin < num_units; begin += kUnitsOfTwo * kStepOfTwo) {
+      float value[kUnitsOfTwo][kValuesOfTwo] = {};
+#pragma unroll
+      for (int k = 0; k < kUnitsOfTwo; ++k) {
+        const int unit = begin + k * kStepOfTwo;
+        const int row = unit * Slot::kRowsOfUnit + Traits::unit_row(first);
+        const unsigned char* const from = values + unit * Slot::kUnitBytes;
+        const float2 weight = *reinterpret_cast<const float2*>(memory_.weights + row * Memory::weights_of_row(2));
+        accumulate(value[k], weight.x, from);
+        accumulate(value[k], weight.y, from + num_units * Slot::kUnitBytes);
+      }
+#pragma unroll
+      for (int k = 0; k < kUnitsOfTwo; ++k) {
+        const int row = (begin + k * kStepOfTwo) * Slot::kRowsOfUnit + Traits::unit_row(first);
+        const Result& result = memory_.results[row];
+        if (result.out != nullptr) write(result.out + Traits::unit_column(first), value[k], result.inverse_sum);
+      }
     }
   }
 
