@@ -25,8 +25,8 @@ FLASH_MLA_API std::int64_t dense_decode_num_sm_parts(std::int64_t num_q_tokens_p
 ///
 /// @param cache_seqlens            (batch,) int32, contiguous: tokens in each request's cache; negative counts as 0.
 ///                                 batch is at most 2^30
-/// @param num_q_tokens_per_head_k  seqlen_q * num_heads_q / num_heads_k of the calls, at least 1: which short requests
-///                                 are worth splitting depends on it. A plan for others is right too, and may be slower
+/// @param num_q_tokens_per_head_k  seqlen_q * num_heads_q / num_heads_k of the calls, at least 1: which requests are
+///                                 worth splitting depends on it. A plan for others is right too, and may be slower
 /// @param tile_scheduler_metadata  out: (num_sm_parts, 8) int32, contiguous, 1 to 160 rows, 16-byte aligned
 /// @param num_splits               out: (batch + 1,) int32, contiguous: prefix sum of the number of splits per request.
 ///                                 The three arrays share no memory

@@ -36,12 +36,12 @@ constexpr std::int64_t kMaxPieceCost = 2;
 
 /// What the query rows of a KV head fill: a tile of 16, 32 or 64 rows, or several of 64. A block of few rows takes as
 /// long as memory, on however many SMs the others are; one of 64 rows, as long as its CTA's tensor cores. So splitting
-/// is worth most to few rows, and least to one tile of 64. CTAs of several tiles share KV.
+/// is worth most to few rows. CTAs of several tiles share KV.
 enum class QueryTiles : std::int32_t { k16Rows, k32Rows, k64Rows, kSeveral };
 
-/// Where requests could have parts of their own: by how many blocks the longest that stays whole may be longer than
-/// these; and how long it may be, except with one tile of 64 rows. Measured: docs/kernels/dense_decode.md, "What a plan
-/// decides for short requests".
+/// Where requests could have parts of their own, of at most so many blocks, the quota: by how many more the longest may
+/// have if all stay whole; and how many it may have, except with one tile of 64 rows. Measured:
+/// docs/kernels/dense_decode.md, "What a plan decides for short requests".
 constexpr std::int32_t kOwnMergeTime = 2;
 constexpr std::int32_t kLongestShort = 4;
 
@@ -97,9 +97,9 @@ template <class Int>
 FLASH_MLA_HOST_DEVICE constexpr Int merge_cost(QueryTiles tiles, Int share) {
   constexpr Int kMostOfWork = 4;
   Int time = 4;
-  Int of_work = share / 64;
+  Int of_work = share / 32;
   if (tiles == QueryTiles::k16Rows) {
-    time = 0;
+    time = 1;
     of_work = share / 24;
   } else if (tiles != QueryTiles::kSeveral) {
     time = tiles == QueryTiles::k32Rows ? 2 : 3;
@@ -197,12 +197,12 @@ class SplitPlan {
   template <class Int>
   FLASH_MLA_HOST_DEVICE static Int longest_kept_whole(QueryTiles tiles, Int quota, Int share) {
     if (quota == 0) {
-      // Cuts give a part a second piece.
+      // Cuts give a part a second piece, which costs least at 16 rows.
       const Int of_piece = tiles == QueryTiles::k16Rows ? 0 : static_cast<Int>(kMaxPieceCost);
       return share + of_piece + merge_cost(tiles, share);
     }
-    if (tiles == QueryTiles::kSeveral && quota == 1) return 0;
-    const Int longest = quota + kOwnMergeTime;
+    // Several tiles: requests of three blocks are sooner done in three parts, of two in one.
+    const Int longest = tiles == QueryTiles::kSeveral && quota == 1 ? 2 : quota + kOwnMergeTime;
     return tiles != QueryTiles::k64Rows && longest > kLongestShort ? kLongestShort : longest;
   }
   /// Parts of a request of its own, of at most `quota` blocks.

@@ -168,9 +168,10 @@ TEST(Scheduler, SplitsEqualRequestsWhereThatIsSooner) {
                         Case{20, 5, 66, QueryTiles::kSeveral, true}, Case{20, 4, 66, QueryTiles::kSeveral, false},
                         Case{15, 4, 66, QueryTiles::kSeveral, true}, Case{64, 5, 132, QueryTiles::k64Rows, false},
                         Case{40, 3, 132, QueryTiles::k64Rows, false}, Case{30, 5, 66, QueryTiles::kSeveral, true},
-                        Case{10, 3, 66, QueryTiles::kSeveral, true},
+                        Case{10, 3, 66, QueryTiles::kSeveral, true}, Case{10, 2, 66, QueryTiles::kSeveral, false},
+                        Case{33, 2, 66, QueryTiles::kSeveral, false},
                         // A part for each, or cuts.
-                        Case{123, 64, 132, QueryTiles::k16Rows, true}, Case{124, 64, 132, QueryTiles::k16Rows, false},
+                        Case{121, 64, 132, QueryTiles::k16Rows, true}, Case{122, 64, 132, QueryTiles::k16Rows, false},
                         Case{109, 64, 132, QueryTiles::k64Rows, true}, Case{110, 64, 132, QueryTiles::k64Rows, false},
                         Case{120, 128, 132, QueryTiles::k64Rows, true}, Case{121, 128, 132, QueryTiles::k64Rows, false},
                         Case{92, 27, 132, QueryTiles::k64Rows, true}, Case{45, 24, 66, QueryTiles::kSeveral, true},

@@ -26,7 +26,7 @@ namespace flash_mla::sm90 {
 /// first, drop_first_block, by a thread of the first of these.
 ///
 /// kPlansBatches: whether it makes plans of more than one request. Code is in the way of other code even where it does
-/// not run, so launches whose plan is given, and those of a lone request, have a kernel without that.
+/// not run, so launches whose plan is there already, and those of a lone request, have a kernel without that.
 template <class Kernel, bool kPlansBatches>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
