@@ -11,25 +11,11 @@
 #include <vector>
 
 #include "api/parts.h"
+#include "host_plan.h"
 #include "scheduler/plan.h"
 
 namespace flash_mla::scheduler {
 namespace {
-
-struct Plan {
-  std::vector<Part> parts;
-  std::vector<std::int32_t> num_splits;
-};
-
-Plan make_plan(const std::vector<std::int32_t>& seqlens, int num_parts, QueryTiles tiles = QueryTiles::k64Rows) {
-  constexpr std::int32_t kUnwritten = -12345;
-  Plan plan;
-  plan.parts.resize(num_parts, Part{kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, kUnwritten, {}});
-  plan.num_splits.resize(seqlens.size() + 1, kUnwritten);
-  plan_on_host({seqlens.data(), static_cast<std::int32_t>(seqlens.size()), num_parts, tiles, plan.parts.data(),
-                plan.num_splits.data()});
-  return plan;
-}
 
 /// Walks the parts as the kernel does: every block of every request once and in order, every request at least once, no
 /// empty piece, and pieces counted rightly. Returns the parts' costs.

@@ -7,9 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "warp_on_cpu/warp_on_cpu.h"  // before the device's code
-// Here, and not with the others:
-#include "scheduler/plan.h"
+#include "host_plan.h"
+#include "warp_on_cpu/warp_on_cpu.h"
+
+// The device's code, behind what it needs on the CPU.
 #include "scheduler/small_plan.cuh"
 #include "scheduler/warp_plan.cuh"
 
@@ -30,50 +31,41 @@ std::string text_of(const Part& p) {
   return text;
 }
 
-struct Host {
-  std::vector<std::int32_t> seqlens;
-  std::vector<Part> parts;
-  std::vector<std::int32_t> num_splits;
-
-  Host(std::vector<std::int32_t> lengths, int num_parts, QueryTiles tiles)
-      : seqlens(std::move(lengths)), parts(num_parts), num_splits(seqlens.size() + 1) {
-    plan_on_host({seqlens.data(), batch_size(), num_parts, tiles, parts.data(), num_splits.data()});
-  }
-  std::int32_t batch_size() const { return static_cast<std::int32_t>(seqlens.size()); }
-  /// Pieces of the request that a part continues, 0 if it continues none.
-  std::int32_t continued_pieces(const Part& part) const {
-    return part.begin_block > 0 ? num_splits[part.begin_request + 1] - num_splits[part.begin_request] : 0;
-  }
-};
-
-/// One row, as all lanes find it.
-void expect_row(const Host& host, std::int32_t part, const std::vector<Part>& rows,
+/// One row, as all lanes find it, and the number of pieces of the request that it continues.
+void expect_row(const Plan& host, std::int32_t part, const std::vector<Part>& rows,
                 const std::vector<std::int32_t>& continued) {
+  const Part& expected = host.parts[part];
+  const std::int32_t* const splits = &host.num_splits[expected.begin_block > 0 ? expected.begin_request : 0];
+  const std::int32_t pieces = expected.begin_block > 0 ? splits[1] - splits[0] : 0;
   for (int lane = 0; lane < WarpOnCpu::kLanes; ++lane) {
-    ASSERT_TRUE(rows[lane] == host.parts[part])
-        << "part " << part << ", lane " << lane << ": " << text_of(rows[lane]) << "for " << text_of(host.parts[part]);
-    ASSERT_EQ(continued[lane], host.continued_pieces(host.parts[part])) << "part " << part << ", lane " << lane;
+    ASSERT_TRUE(rows[lane] == expected) << "part " << part << ", lane " << lane << ": " << text_of(rows[lane]) << "for "
+                                        << text_of(expected);
+    ASSERT_EQ(continued[lane], pieces) << "part " << part << ", lane " << lane;
   }
 }
 
 /// Whether SmallPlan made them.
-bool expect_rows_of_the_host(const Host& host, QueryTiles tiles, const std::vector<std::int32_t>& parts) {
-  const auto num_parts = static_cast<std::int32_t>(host.parts.size());
+bool expect_rows_of_the_host(const std::vector<std::int32_t>& seqlens, std::int32_t num_parts, QueryTiles tiles,
+                             const std::vector<std::int32_t>& parts) {
+  const auto batch_size = static_cast<std::int32_t>(seqlens.size());
+  const Plan host = make_plan(seqlens, num_parts, tiles);
   bool is_small = false;
   for (const std::int32_t part : parts) {
     std::vector<Part> rows(WarpOnCpu::kLanes);
     std::vector<std::int32_t> continued(WarpOnCpu::kLanes, -1);
     EXPECT_TRUE(WarpOnCpu::run([&] {
       const int lane = WarpOnCpu::lane();
-      const WarpPlan plan(host.seqlens.data(), host.batch_size(), num_parts, tiles);
+      const WarpPlan plan(seqlens.data(), batch_size, num_parts, tiles);
       rows[lane] = plan.row(part, continued[lane]);
     }));
     expect_row(host, part, rows, continued);
+    rows.assign(WarpOnCpu::kLanes, Part{});
+    continued.assign(WarpOnCpu::kLanes, -1);
     std::vector<char> is_made(WarpOnCpu::kLanes);
     EXPECT_TRUE(WarpOnCpu::run([&] {
       const int lane = WarpOnCpu::lane();
       is_made[lane] = static_cast<char>(
-          SmallPlan::make(host.seqlens.data(), host.batch_size(), num_parts, tiles, part, rows[lane], continued[lane]));
+          SmallPlan::make(seqlens.data(), batch_size, num_parts, tiles, part, rows[lane], continued[lane]));
     }));
     EXPECT_EQ(is_made, std::vector<char>(WarpOnCpu::kLanes, is_made[0]));
     if (is_made[0] != 0) expect_row(host, part, rows, continued);
@@ -106,8 +98,8 @@ TEST(WarpPlan, IsThatOfTheHost) {
       SCOPED_TRACE("round " + std::to_string(round) + ": " + std::to_string(batch_size) + " requests, the first of " +
                    std::to_string(seqlens[0]) + " tokens, " + std::to_string(num_parts) + " parts, tiles " +
                    std::to_string(static_cast<int>(tiles)));
-      const Host host(seqlens, num_parts, tiles);
-      num_small += expect_rows_of_the_host(host, tiles, {0, num_parts - 1, any(0, num_parts - 1)}) ? 1 : 0;
+      const std::vector<std::int32_t> parts{0, num_parts - 1, any(0, num_parts - 1)};
+      num_small += expect_rows_of_the_host(seqlens, num_parts, tiles, parts) ? 1 : 0;
       if (HasFailure()) return;
     }
   }
@@ -119,11 +111,10 @@ TEST(WarpPlan, CountsTheHostsSplits) {
   for (const int batch_size : {2, 31, 32, 33, 66, 132}) {
     std::vector<std::int32_t> seqlens(batch_size);
     for (std::int32_t& value : seqlens) value = static_cast<std::int32_t>(random() % 5000);
-    const Host host(seqlens, 132, QueryTiles::k64Rows);
+    const Plan host = make_plan(seqlens, 132, QueryTiles::k64Rows);
     std::vector<std::int32_t> num_splits(batch_size + 1, -1);
-    ASSERT_TRUE(WarpOnCpu::run([&] {
-      WarpPlan(host.seqlens.data(), batch_size, 132, QueryTiles::k64Rows).write_num_splits(num_splits.data());
-    }));
+    ASSERT_TRUE(WarpOnCpu::run(
+        [&] { WarpPlan(seqlens.data(), batch_size, 132, QueryTiles::k64Rows).write_num_splits(num_splits.data()); }));
     EXPECT_EQ(num_splits, host.num_splits) << batch_size << " requests";
   }
 }
@@ -132,7 +123,7 @@ TEST(WarpPlan, CountsTheHostsSplits) {
 TEST(WarpPlan, OfALoneRequestIsTheHosts) {
   for (const std::int32_t seqlen : {-1, 0, 1, 64, 65, 777, 8192, 65536, 100000, 1 << 20}) {
     for (const int num_parts : {1, 2, 33, 66, 132, 160}) {
-      const Host host({seqlen}, num_parts, QueryTiles::k16Rows);
+      const Plan host = make_plan({seqlen}, num_parts);
       for (std::int32_t part = 0; part < num_parts; ++part) {
         Part row;
         EXPECT_EQ(SmallPlan::make_alone(seqlen, num_parts, part, row), host.num_splits[1]);
