@@ -52,14 +52,15 @@ sm90::QueryTiling make_tiling(const DenseDecodeShape& shape, int max_rows = sm90
                                  static_cast<int>(shape.seqlen_q), max_rows);
 }
 
-/// Tiles of 64 rows where there are so many, and as many parts as keep the SMs busy, or as the plan has.
+/// Tiles of 64 rows where there are so many, and as many parts as keep the SMs busy, or as the plan has. A request that
+/// is alone is planned by each CTA at once, sooner than a plan is read.
 Work divide_by_plan(const DenseDecodeShape& shape, int num_sms) {
   const sm90::QueryTiling tiling = make_tiling(shape);
   // What get_mla_metadata counts: query rows filled up to whole tiles of 64.
   const std::int64_t rows = std::int64_t{tiling.num_tiles} * sm90::kBlockM;
   const std::int64_t parts =
       shape.num_sm_parts > 0 ? shape.num_sm_parts : num_sm_parts(num_sms, rows, shape.num_heads_k);
-  return {tiling, static_cast<int>(parts), false};
+  return {tiling, static_cast<int>(parts), /*plans_itself=*/shape.batch_size == 1};
 }
 
 /// Tiles of fewer rows and a part for each block, where all of these fit on the SMs: a CTA then has less to write, read

@@ -19,9 +19,14 @@ class WarpPlan {
         requests_per_lane_((batch_size + 31) / 32),
         work_(read()),
         plan_(work_, num_parts) {
-    quota_ = find_quota();
-    keeps_whole_ = has_none_above(plan_.longest_kept_whole(tiles, quota_));
-    if (keeps_whole_) quota_ = 0;
+    // What is kept whole with the least quota, and with none, is with each: parts need not be counted for it.
+    const std::int64_t least = plan_.least_quota(work_, num_parts);
+    keeps_whole_ = keeps_whole(tiles, least) && keeps_whole(tiles, 0);
+    if (!keeps_whole_) {
+      quota_ = find_quota(least);
+      keeps_whole_ = keeps_whole(tiles, quota_);
+      if (keeps_whole_) quota_ = 0;
+    }
     std::int64_t mine = 0;
 #pragma unroll 1
     for (int i = 0; i < requests_per_lane_; ++i) mine += length(i);
@@ -67,12 +72,16 @@ class WarpPlan {
   __device__ bool is_request(int i) const { return request(i) < batch_size_; }
   __device__ std::int32_t seqlen(int i) const { return cache_seqlens_[request(i)]; }
 
-  __device__ Workload read() const {
+  __device__ Workload read() {
     Workload work;
+    std::int32_t longest = 0;
 #pragma unroll 1
     for (int i = 0; i < requests_per_lane_; ++i) {
-      if (is_request(i)) work.add(seqlen(i));
+      if (!is_request(i)) continue;
+      work.add(seqlen(i));
+      longest = max(longest, seqlen(i));
     }
+    longest_ = num_blocks(__reduce_max_sync(kAllLanes, longest));
     work.num_blocks = sum(work.num_blocks);
     work.num_nonempty = sum(work.num_nonempty);
     return work;
@@ -87,25 +96,22 @@ class WarpPlan {
     return keeps_whole_ ? 1 : quota_ > 0 ? length(i) : plan_.num_pieces(offset, offset + length(i));
   }
 
-  /// Whether no request is longer than so many blocks.
-  __device__ bool has_none_above(std::int64_t longest) const {
-    bool fits = may_keep_whole(batch_size_);
-#pragma unroll 1
-    for (int i = 0; i < requests_per_lane_; ++i) fits &= !is_request(i) || num_blocks(seqlen(i)) <= longest;
-    return __all_sync(kAllLanes, fits);
+  __device__ bool keeps_whole(QueryTiles tiles, std::int64_t quota) const {
+    return may_keep_whole(batch_size_) && longest_ <= plan_.longest_kept_whole(tiles, quota);
   }
 
-  /// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none.
-  __device__ std::int64_t find_quota() const {
+  /// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none. From
+  /// `least` on, with which parts are not many more than suffice.
+  __device__ std::int64_t find_quota(std::int64_t least) const {
     const std::int64_t largest = plan_.largest_quota();
 #pragma unroll 1
-    for (std::int64_t quota = plan_.least_quota(work_, max_parts_); quota <= largest; ++quota) {
-      std::int64_t num_parts = 0;
+    for (std::int64_t quota = least; quota <= largest; ++quota) {
+      std::int32_t num_parts = 0;
 #pragma unroll 1
       for (int i = 0; i < requests_per_lane_; ++i) {
         num_parts += is_request(i) ? SplitPlan::own_parts(seqlen(i), quota) : 0;
       }
-      if (sum(num_parts) <= max_parts_) return quota;
+      if (static_cast<std::int32_t>(__reduce_add_sync(kAllLanes, num_parts)) <= max_parts_) return quota;
     }
     return 0;
   }
@@ -193,6 +199,7 @@ class WarpPlan {
   const std::int32_t batch_size_;
   const std::int32_t max_parts_;
   const std::int32_t requests_per_lane_;
+  std::int64_t longest_ = 0;  // blocks
   const Workload work_;
   const SplitPlan plan_;
   bool keeps_whole_ = false;

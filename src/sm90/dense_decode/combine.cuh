@@ -5,6 +5,7 @@
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/dense_decode/slice_memory.cuh"
 #include "sm90/dense_decode/slice_sums.cuh"
 #include "sm90/dense_decode/slot.cuh"
@@ -29,10 +30,7 @@ namespace flash_mla::sm90 {
 /// bring values into shared memory by bulk copies, which they issue as they see the pieces' flags. Then all add.
 ///
 /// All of this runs once, so what counts is how many instructions follow on one another.
-///
-/// kAddsTwoApart: whether there is code of its own for adding two pieces. (In kernels that plan, too, it costs all
-/// others more than it saves: docs/kernels/dense_decode.md, "Two pieces, and code in the way".)
-template <class Traits, bool kAddsTwoApart>
+template <class Traits>
 class Combine {
   using Element = typename Traits::Element;
   using Slot = SlotTile<Traits>;
@@ -150,9 +148,8 @@ class Combine {
       if (threadIdx.x < Sums::kSumThreads) sums.add_sums(n, output);
     } else {
       ptx::mbarrier_wait(share_loaded(0), phase_);
-      if (kAddsTwoApart && Sums::kAddsTwo && n == 2 && slice.count >= Slot::kNumUnits / 2) {
+      if (Sums::kAddsTwo && n == 2 && slice.count >= Slot::kNumUnits / 2) {
         sums.add_two(slice.count);
-        if (ends) ptx::exit_thread();
       } else if (num_rows > 4) {
         sums.template add<8>(slice.count, n);
       } else if (num_rows > 2) {
@@ -361,11 +358,11 @@ __device__ __forceinline__ void fetch_rest(const DenseDecodeParams& params, cons
 
 /// Merges the part's slices of split requests, which a warp has found meanwhile. By all consumer threads, when the
 /// part's pieces are done.
-template <class Traits, bool kAddsTwoApart, class Storage>
+template <class Traits, PlanSource kPlanSource, class Storage>
 __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, Storage& shared, const QueryTile& tile,
                                              int head_k) {
-  Combine<Traits, kAddsTwoApart> combine(params, tile, head_k, shared.rows, reinterpret_cast<unsigned char*>(&shared),
-                                         shared.merge_barriers);
+  Combine<Traits> combine(params, tile, head_k, shared.rows, reinterpret_cast<unsigned char*>(&shared),
+                          shared.merge_barriers);
   ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
 #pragma unroll 1
   for (int i = 1; i >= 0; --i) {  // the second first: its piece may be kept in memory that merging uses
@@ -377,7 +374,8 @@ __device__ __forceinline__ void merge_splits(const DenseDecodeParams& params, St
     for (int slice = slices.begin; slice < slices.end; ++slice) {
       const bool is_last = slice == slices.end - 1;
       const bool ends = is_last && (i == 0 || shared.plan.splits[0].num_pieces == 0);
-      combine.run(split, slice, is_last, shared.merge_barriers.seen[i], i == 1 && shared.plan.keeps_piece != 0, ends);
+      const bool keeps = kMayKeepPiece<kPlanSource> && i == 1 && shared.plan.keeps_piece != 0;
+      combine.run(split, slice, is_last, shared.merge_barriers.seen[i], keeps, ends);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/split_group.cuh"
@@ -24,10 +25,7 @@ namespace flash_mla::sm90 {
 /// consumer warpgroups; produce, by the warps of the warpgroup behind them but the last, numbered from its first one;
 /// score, by the warpgroup behind that; init_kv, prefetch_first_blocks, load_first_block and, where Q is not loaded
 /// first, drop_first_block, by a thread of the first of these.
-///
-/// kPlansBatches: whether it makes plans of more than one request. Code is in the way of other code even where it does
-/// not run, so launches whose plan is there already, and those of a lone request, have a kernel without that.
-template <class Kernel, bool kPlansBatches>
+template <class Kernel, PlanSource kPlanSource>
 __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     decode_kernel(const __grid_constant__ DenseDecodeParams params) {
   using Traits = typename Kernel::Traits;
@@ -44,10 +42,10 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
   const int warp = threadIdx.x / 32;
   if (warp == Traits::kConsumerWarps) {
     FirstBlock first;
-    first.begin_to_look(params, ptx::cta_z());
+    first.begin_to_look<kPlanSource>(params, ptx::cta_z());
     if (ptx::elect_one()) Kernel::init_kv(shared);
     __syncwarp();
-    first.look(params, ptx::cta_z());
+    first.look<kPlanSource>(params, ptx::cta_z());
     if (first.exists && ptx::elect_one()) Kernel::prefetch_first_blocks(params, first, head_k);
     ptx::wait_for_previous_grids();
     const int again = first.look_again();
@@ -65,12 +63,12 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
       shared.plan.first_seqlen_k = first.seqlen_k;
       shared.plan.next_page = first.next_page;
     }
-  } else if (warp == Traits::kQueryWarp && !has_known_query(params)) {
+  } else if (warp == Traits::kQueryWarp && !kHasKnownQuery<kPlanSource>) {
     FirstBlock first;
-    first.begin_to_look(params, ptx::cta_z());
+    first.begin_to_look<kPlanSource>(params, ptx::cta_z());
     if (ptx::elect_one()) Kernel::init_query(shared);
     __syncwarp();
-    first.look(params, ptx::cta_z());
+    first.look<kPlanSource>(params, ptx::cta_z());
     ptx::wait_for_previous_grids();
     const int again = first.look_again();
     if (first.exists && ptx::elect_one()) Kernel::load_first_query(params, shared, tile, head_k, first.request);
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (warp == Traits::kQueryWarp && ptx::elect_one()) {
       Kernel::load_first_query(params, shared, tile, head_k, /*request=*/0);
     }
-    if (warp == Traits::kPlanWarp) plan_part<kPlansBatches>(params, ptx::cta_z(), shared.plan);
+    if (warp == Traits::kPlanWarp) plan_part<kPlanSource>(params, ptx::cta_z(), shared.plan);
     if (warp == Traits::kSplitsWarp) {
       if (threadIdx.x % 32 == 0) flags.raise(flags.begun(ptx::cta_z()));
       prefetch_tables(params, ptx::cta_z());
@@ -105,19 +103,19 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     ptx::set_registers<Traits::kRegisters, Traits::kProducerRegisters>();
     const int part_idx = ptx::cta_z();
     if (warp != Traits::kSplitsWarp) {
-      Kernel::produce(params, shared, tile, head_k, part_idx, warp - Traits::kConsumerWarps);
+      Kernel::template produce<kPlanSource>(params, shared, tile, head_k, part_idx, warp - Traits::kConsumerWarps);
     } else {
-      if (has_known_query(params) && !has_blocks(params, shared.plan, part_idx)) Kernel::drop_known_query(shared);
-      find_splits(params, part_idx, shared.plan);
+      if (kHasKnownQuery<kPlanSource> && !has_blocks(params, shared.plan, part_idx)) Kernel::drop_known_query(shared);
+      find_splits<kPlanSource>(params, part_idx, shared.plan);
       share_splits(params, flags, shared.plan, part_idx);
-      fetch_rest<Traits>(params, flags, shared, tile.index(params.tiling, head_k));
+      if constexpr (kMayKeepPiece<kPlanSource>) fetch_rest<Traits>(params, flags, shared, tile.index(params.tiling, head_k));
       clear_flags(flags, shared.plan, shared.merge_barriers, part_idx);
     }
   } else if (warpgroup < Traits::kNumConsumers) {
     ptx::set_registers<Traits::kRegisters, Traits::kConsumerRegisters>();
-    Kernel::consume(params, shared, tile, head_k, ptx::cta_z(), warpgroup);
+    Kernel::template consume<kPlanSource>(params, shared, tile, head_k, ptx::cta_z(), warpgroup);
     if (warp == 0 && lets_next_begin(params, shared.plan)) ptx::launch_dependents();
-    merge_splits<Traits, !kPlansBatches>(params, shared, tile, head_k);
+    merge_splits<Traits, kPlanSource>(params, shared, tile, head_k);
   } else {
     ptx::set_registers<Traits::kRegisters, Traits::kScorerRegisters>();
     Kernel::score(params, shared, tile, head_k, ptx::cta_z());

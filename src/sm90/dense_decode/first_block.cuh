@@ -3,6 +3,7 @@
 #include "scheduler/small_plan.cuh"
 #include "scheduler/split_plan.h"
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/tma.cuh"
 
@@ -17,21 +18,23 @@ namespace flash_mla::sm90 {
 class FirstBlock {
  public:
   /// Asks for what comes first: the part's row, or the length of the only request.
+  template <PlanSource kPlanSource>
   __device__ __forceinline__ void begin_to_look(const DenseDecodeParams& params, int part_idx) {
-    if (params.box_tokens < scheduler::kBlockN) return;
+    if (kPlanSource == PlanSource::kBatch || params.box_tokens < scheduler::kBlockN) return;
     const int lane = threadIdx.x % 32;
-    if (params.parts != nullptr) {
+    if constexpr (kPlanSource == PlanSource::kGiven) {
       if (lane < kWordsOfPart) look_at(reinterpret_cast<const int*>(params.parts + part_idx) + lane);
-    } else if (params.batch_size == 1) {
-      if (lane == kLaneOfLength) look_at(params.cache_seqlens);
+    } else if (lane == kLaneOfLength) {
+      look_at(params.cache_seqlens);
     }
   }
   /// Looks at the rest.
+  template <PlanSource kPlanSource>
   __device__ __forceinline__ void look(const DenseDecodeParams& params, int part_idx) {
-    if (!__any_sync(~0U, from_ != nullptr)) return;
+    if (kPlanSource == PlanSource::kBatch || !__any_sync(~0U, from_ != nullptr)) return;
     const int lane = threadIdx.x % 32;
     scheduler::Part part;
-    if (params.parts != nullptr) {
+    if constexpr (kPlanSource == PlanSource::kGiven) {
       part.begin_request = __shfl_sync(~0U, value_, 0);
       part.begin_block = max(__shfl_sync(~0U, value_, 1), 0);
       part.end_request = min(__shfl_sync(~0U, value_, 2), params.batch_size - 1);

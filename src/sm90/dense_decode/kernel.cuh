@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/mainloop.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode/row_coordinate.cuh"
 #include "sm90/dense_decode/scorer.cuh"
@@ -102,6 +103,7 @@ struct DenseDecodeKernel {
   }
 
   /// A consumer's walk over them.
+  template <PlanSource kPlanSource>
   __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
     Consumer<Traits> consumer(shared, warpgroup);
@@ -123,7 +125,7 @@ struct DenseDecodeKernel {
         PartialEpilogue<Traits> epilogue(params, piece, tile.index(params.tiling, head_k), warpgroup);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         const bool is_read = shared.plan.is_read(piece.slot);
-        const bool is_kept = shared.plan.is_kept(piece.slot);
+        const bool is_kept = kMayKeepPiece<kPlanSource> && shared.plan.is_kept(piece.slot);
         consumer.finish_first_half(has_blocks);
         if (is_read && !is_kept) epilogue.write_first_half(consumer.o[0]);
         consumer.finish(has_blocks);
@@ -139,11 +141,12 @@ struct DenseDecodeKernel {
   }
 
   /// The producers' walk over them, by the first warp. The second one loads what Q is needed first.
+  template <PlanSource kPlanSource>
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
     if (warp == 1) {
-      if (!has_known_query(params) && shared.plan.has_query == 0 && ptx::elect_one()) {
+      if (!kHasKnownQuery<kPlanSource> && shared.plan.has_query == 0 && ptx::elect_one()) {
         load_late_query(params, shared, tile, head_k, part_idx);
       }
     } else if (warp == 0) {

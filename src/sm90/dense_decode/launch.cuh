@@ -7,16 +7,17 @@
 #include "cuda/launch.h"
 #include "sm90/dense_decode/entry.cuh"
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/dense_decode/slice_memory.cuh"
 
 namespace flash_mla::sm90 {
 
-/// Launches a decode kernel. Its CTAs need not all run at the same time: see split_group.cuh.
-template <class Kernel, bool kPlansBatches>
+/// Launches an instantiation of a decode kernel. Its CTAs need not all run at the same time: see split_group.cuh.
+template <class Kernel, PlanSource kPlanSource>
 void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
   using Traits = typename Kernel::Traits;
   using Storage = typename Kernel::Storage;
-  constexpr auto kKernel = decode_kernel<Kernel, kPlansBatches>;
+  constexpr auto kKernel = decode_kernel<Kernel, kPlanSource>;
   static_assert(sizeof(Storage) <= cuda::kMaxSharedBytes);
   static_assert(Storage::kMergeBytes >= SliceMemory<Traits>::kMinBytes, "what merging needs");
   static_assert(Storage::kMergeBytes <= offsetof(Storage, rows), "what merging reads");
@@ -28,11 +29,16 @@ void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) 
   launch(kKernel, params);
 }
 
-/// The same, of the instantiation that the call needs.
+/// The same, of the one that the call needs.
 template <class Kernel>
 void launch_decode_kernel(const DenseDecodeParams& params, cudaStream_t stream) {
-  const bool plans_batch = params.parts == nullptr && params.batch_size > 1;
-  (plans_batch ? launch_decode_kernel<Kernel, true> : launch_decode_kernel<Kernel, false>)(params, stream);
+  if (params.batch_size == 1) {
+    launch_decode_kernel<Kernel, PlanSource::kLoneRequest>(params, stream);
+  } else if (params.parts != nullptr) {
+    launch_decode_kernel<Kernel, PlanSource::kGiven>(params, stream);
+  } else {
+    launch_decode_kernel<Kernel, PlanSource::kBatch>(params, stream);
+  }
 }
 
 }  // namespace flash_mla::sm90

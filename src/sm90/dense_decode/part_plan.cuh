@@ -5,6 +5,7 @@
 #include "scheduler/small_plan.cuh"
 #include "scheduler/warp_plan.cuh"
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/primitives/arrive.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/memory.cuh"
@@ -148,14 +149,16 @@ __device__ __forceinline__ void prefetch_tables(const DenseDecodeParams& params,
 }
 
 /// `continued`: the request that the part continues. By one warp.
+template <PlanSource kPlanSource>
 __device__ __forceinline__ void write_plan(const DenseDecodeParams& params, int part_idx, const scheduler::Part& part,
                                            const SplitRequest& continued, PartPlan& plan) {
   if (threadIdx.x % 32 != 0) return;
   const int begun_pieces = begins_a_split(part) ? part.num_pieces : 0;
   plan.part = part;
   plan.splits[0] = continued;
-  plan.splits[1] = {part.end_request, part_idx, begun_pieces,
-                    params.batch_size == 1 ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
+  plan.splits[1] = {
+      part.end_request, part_idx, begun_pieces,
+      kPlanSource == PlanSource::kLoneRequest ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
 }
 
 __device__ __forceinline__ SplitRequest continued_split(const scheduler::Part& part, int num_pieces) {
@@ -168,23 +171,41 @@ static __device__ __noinline__ void plan_part_of_large_batch(const DenseDecodePa
   std::int32_t pieces;
   const scheduler::WarpPlan batch(params.cache_seqlens, params.batch_size, params.num_parts, params.tiles);
   const scheduler::Part part = batch.row(part_idx, pieces);
-  write_plan(params, part_idx, part, continued_split(part, pieces), plan);
+  write_plan<PlanSource::kBatch>(params, part_idx, part, continued_split(part, pieces), plan);
+}
+
+/// The split request of a part that has a piece of a lone one, or a slice to merge, unless it begins it.
+__device__ __forceinline__ SplitRequest lone_split(const DenseDecodeParams& params, int part_idx, int num_pieces) {
+  const int num_slices = num_slices_of_lone(params, num_pieces);
+  if (part_idx == 0 || part_idx >= num_slices || num_pieces == 1) return {};
+  return {0, 0, num_pieces, num_slices};
+}
+
+/// The same of a long one.
+static __device__ __noinline__ void plan_part_of_long_request(const DenseDecodeParams& params, int part_idx,
+                                                              PartPlan& plan) {
+  scheduler::Part part;
+  const std::int32_t seqlen = min(*params.cache_seqlens, params.max_seqlen_k);
+  const std::int32_t pieces = scheduler::SplitPlan::write_alone(part, seqlen, part_idx, params.num_parts);
+  write_plan<PlanSource::kLoneRequest>(params, part_idx, part, lone_split(params, part_idx, pieces), plan);
 }
 
 /// Writes the part, and where it is planned here the splits too. By one warp.
-template <bool kPlansBatches>
+template <PlanSource kPlanSource>
 __device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   scheduler::Part part;
   SplitRequest continued{};
-  if (params.parts != nullptr) part = params.parts[part_idx];
-  if (params.parts == nullptr && params.batch_size == 1) {
+  if constexpr (kPlanSource == PlanSource::kGiven) {
+    part = params.parts[part_idx];
+  } else if constexpr (kPlanSource == PlanSource::kLoneRequest) {
     const std::int32_t seqlen = min(*params.cache_seqlens, params.max_seqlen_k);
-    const std::int32_t pieces = seqlen <= scheduler::SmallPlan::kMaxSeqlen
-                                    ? scheduler::SmallPlan::make_alone(seqlen, params.num_parts, part_idx, part)
-                                    : scheduler::SplitPlan::write_alone(part, seqlen, part_idx, params.num_parts);
-    const int slices = num_slices_of_lone(params, pieces);
-    if (part_idx > 0 && part_idx < slices && pieces > 1) continued = {0, 0, pieces, slices};
-  } else if (kPlansBatches && params.parts == nullptr) {
+    if (seqlen > scheduler::SmallPlan::kMaxSeqlen) {
+      plan_part_of_long_request(params, part_idx, plan);
+      return;
+    }
+    const std::int32_t pieces = scheduler::SmallPlan::make_alone(seqlen, params.num_parts, part_idx, part);
+    continued = lone_split(params, part_idx, pieces);
+  } else {
     std::int32_t pieces;
     if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, params.tiles, part_idx,
                                     part, pieces)) {
@@ -193,25 +214,18 @@ __device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int p
     }
     continued = continued_split(part, pieces);
   }
-  write_plan(params, part_idx, part, continued, plan);
+  write_plan<kPlanSource>(params, part_idx, part, continued, plan);
 }
 
 /// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,
 /// so that not all pieces would come; the parts of a request judge alike.
 __device__ inline SplitRequest find_split(const DenseDecodeParams& params, const scheduler::Part& part, int part_idx,
                                           int i) {
-  const bool is_alone = params.batch_size == 1;
-  int first_part = i == 0 ? part.first_part : part_idx;
-  if (is_alone) {
-    if ((i == 0) == (part_idx == 0)) return {};
-    first_part = 0;
-  } else {
-    const bool continues = part.begin_block > 0 && first_part >= 0 && first_part < part_idx;
-    if (part.begin_request > part.end_request || !(i == 0 ? continues : begins_a_split(part))) return {};
-  }
+  const int first_part = i == 0 ? part.first_part : part_idx;
+  const bool continues = part.begin_block > 0 && first_part >= 0 && first_part < part_idx;
+  if (part.begin_request > part.end_request || !(i == 0 ? continues : begins_a_split(part))) return {};
   const scheduler::Part first = params.parts[first_part];
-  SplitRequest split{first.end_request, first_part, first.num_pieces,
-                     is_alone ? num_slices_of_lone(params, first.num_pieces) : first.num_pieces};
+  SplitRequest split{first.end_request, first_part, first.num_pieces, first.num_pieces};
   bool is_good =
       split.request >= 0 && split.request < params.batch_size && split.num_pieces > 1 &&
       part_idx - first_part < split.num_members() && split.num_pieces <= params.num_parts - first_part &&
@@ -229,8 +243,9 @@ __device__ inline SplitRequest find_split(const DenseDecodeParams& params, const
 }
 
 /// Finds the part's splits, while it is computed, and arrives at splits_ready. By one warp of every CTA.
+template <PlanSource kPlanSource>
 __device__ inline void find_splits(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
-  if (params.parts != nullptr) {
+  if constexpr (kPlanSource == PlanSource::kGiven) {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       const SplitRequest split = find_split(params, plan.part, part_idx, i);

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sm90/dense_decode/params.h"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/dense_decode/query_tiling.h"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -46,10 +47,9 @@ __device__ void clear_query_padding(const DenseDecodeParams& params, std::uint32
   ptx::fence_proxy_async();
 }
 
-/// Whether a CTA has one request at most, known without a plan: its Q is then asked for before there is one, so that it
-/// is out of KV's way.
-__device__ __forceinline__ bool has_known_query(const DenseDecodeParams& params) {
-  return params.batch_size == 1 || params.cluster_size > 0;
-}
+/// Whether the request is known without a plan: its Q is then asked for before there is one, so that it is out of KV's
+/// way.
+template <PlanSource kPlanSource>
+constexpr bool kHasKnownQuery = kPlanSource == PlanSource::kLoneRequest;
 
 }  // namespace flash_mla::sm90

@@ -3,6 +3,7 @@
 #include "sm90/dense_decode/first_block.cuh"
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/piece.cuh"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/dense_decode/query_load.cuh"
 #include "sm90/dense_decode_narrow/epilogue.cuh"
 #include "sm90/dense_decode_narrow/load.cuh"
@@ -110,6 +111,7 @@ struct NarrowDecodeKernel {
   }
 
   /// A consumer's walk over them.
+  template <PlanSource kPlanSource>
   __device__ __forceinline__ static void consume(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warpgroup) {
     NarrowConsumer<Traits> consumer(shared, warpgroup);
@@ -127,7 +129,7 @@ struct NarrowDecodeKernel {
         const int tile_idx = tile.index(params.tiling, head_k);
         ptx::mbarrier_wait(ptx::shared_address(&shared.plan.splits_ready), 0);
         const bool is_read = shared.plan.is_read(piece.slot);
-        const bool is_kept = shared.plan.is_kept(piece.slot);
+        const bool is_kept = kMayKeepPiece<kPlanSource> && shared.plan.is_kept(piece.slot);
         if (is_read && !is_kept) epilogue.write_partial(consumer, piece, tile_idx, 0);
         consumer.finish(has_blocks);
         if (is_kept) {
@@ -142,12 +144,13 @@ struct NarrowDecodeKernel {
   }
 
   /// The producers' walk over them: the first warp loads KV, a thread of the second one Q.
+  template <PlanSource kPlanSource>
   __device__ __forceinline__ static void produce(const DenseDecodeParams& params, Storage& shared,
                                                  const QueryTile& tile, int head_k, int part_idx, int warp) {
     const bool is_whole = params.box_tokens == Traits::kBlockN;
     if (warp == 0 && is_whole && ptx::elect_one()) produce_kv<true>(params, shared, head_k, part_idx);
     if (warp == 0 && !is_whole) produce_kv<false>(params, shared, head_k, part_idx);
-    if (warp == 1 && !has_known_query(params) && ptx::elect_one()) {
+    if (warp == 1 && !kHasKnownQuery<kPlanSource> && ptx::elect_one()) {
       produce_queries(params, shared, tile, head_k, part_idx);
     }
   }

@@ -24,7 +24,7 @@ class WarpOnCpu {
   /// Calls `code` in each lane. False where lanes have parted: not all called the same functions in the same order.
   static bool run(const std::function<void()>& code);
 
-  enum class Function { kShuffle, kAll, kAny, kBallot, kAdd };
+  enum class Function { kShuffle, kAll, kAny, kBallot, kAdd, kMax };
   /// What the lanes give to a function that all call.
   static const Values& exchange(Function function, std::uint64_t value);
   static int lane();
@@ -174,6 +174,14 @@ inline unsigned __reduce_add_sync(unsigned /*mask*/, unsigned value) {
     sum += static_cast<unsigned>(of_lane);
   }
   return sum;
+}
+inline int __reduce_max_sync(unsigned /*mask*/, int value) {
+  int most = value;
+  const auto bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
+  for (const std::uint64_t of_lane : flash_mla::WarpOnCpu::exchange(flash_mla::WarpOnCpu::Function::kMax, bits)) {
+    most = max(most, static_cast<int>(of_lane));
+  }
+  return most;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
