@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
       if (kHasKnownQuery<kPlanSource> && !has_blocks(params, shared.plan, part_idx)) Kernel::drop_known_query(shared);
       find_splits<kPlanSource>(params, part_idx, shared.plan);
       share_splits(params, flags, shared.plan, part_idx);
-      if constexpr (kMayKeepPiece<kPlanSource>) fetch_rest<Traits>(params, flags, shared, tile.index(params.tiling, head_k));
+      if constexpr (kMayKeepPiece<kPlanSource>)
+        fetch_rest<Traits>(params, flags, shared, tile.index(params.tiling, head_k));
       clear_flags(flags, shared.plan, shared.merge_barriers, part_idx);
     }
   } else if (warpgroup < Traits::kNumConsumers) {

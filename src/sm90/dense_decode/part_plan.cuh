@@ -156,9 +156,8 @@ __device__ __forceinline__ void write_plan(const DenseDecodeParams& params, int 
   const int begun_pieces = begins_a_split(part) ? part.num_pieces : 0;
   plan.part = part;
   plan.splits[0] = continued;
-  plan.splits[1] = {
-      part.end_request, part_idx, begun_pieces,
-      kPlanSource == PlanSource::kLoneRequest ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
+  plan.splits[1] = {part.end_request, part_idx, begun_pieces,
+                    kPlanSource == PlanSource::kLoneRequest ? num_slices_of_lone(params, begun_pieces) : begun_pieces};
 }
 
 __device__ __forceinline__ SplitRequest continued_split(const scheduler::Part& part, int num_pieces) {
@@ -174,14 +173,14 @@ static __device__ __noinline__ void plan_part_of_large_batch(const DenseDecodePa
   write_plan<PlanSource::kBatch>(params, part_idx, part, continued_split(part, pieces), plan);
 }
 
-/// The split request of a part that has a piece of a lone one, or a slice to merge, unless it begins it.
+/// The lone request, if the part continues it, or helps to merge it without a piece of it.
 __device__ __forceinline__ SplitRequest lone_split(const DenseDecodeParams& params, int part_idx, int num_pieces) {
   const int num_slices = num_slices_of_lone(params, num_pieces);
   if (part_idx == 0 || part_idx >= num_slices || num_pieces == 1) return {};
   return {0, 0, num_pieces, num_slices};
 }
 
-/// The same of a long one.
+/// For a request longer than SmallPlan takes. A function, too.
 static __device__ __noinline__ void plan_part_of_long_request(const DenseDecodeParams& params, int part_idx,
                                                               PartPlan& plan) {
   scheduler::Part part;
@@ -190,7 +189,7 @@ static __device__ __noinline__ void plan_part_of_long_request(const DenseDecodeP
   write_plan<PlanSource::kLoneRequest>(params, part_idx, part, lone_split(params, part_idx, pieces), plan);
 }
 
-/// Writes the part, and where it is planned here the splits too. By one warp.
+/// Writes the part, and where the plan is not given the splits too. By one warp.
 template <PlanSource kPlanSource>
 __device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   scheduler::Part part;
