@@ -37,7 +37,7 @@ struct DenseDecodeArguments {
   Tensor lse;
   /// What plan_dense_decode wrote for these cache_seqlens: (num_sm_parts, 8), of 1 to 160 rows, and (batch + 1,),
   /// int32, contiguous, the first at a multiple of 16 bytes. Leave both out, and the call plans by itself, on the
-  /// device. Their contents are ignored on the CPU.
+  /// device. Their contents are ignored on the CPU, and where there is one request.
   Tensor tile_scheduler_metadata;
   Tensor num_splits;
   /// Finite and above 0. On the GPU scores times it are float32: where they exceed 2^27, rows may be infinite or NaN,

@@ -190,6 +190,7 @@ class SplitPlan {
   }
   /// Blocks of the longest request with which a batch of at most as many requests as parts is kept whole, a part for
   /// each. `quota`: the blocks that parts of their own have at most; 0 if there are none, and requests would be cut.
+  /// Never less for a larger quota: WarpPlan counts on it.
   FLASH_MLA_HOST_DEVICE std::int64_t longest_kept_whole(QueryTiles tiles, std::int64_t quota) const {
     return longest_kept_whole(tiles, quota, divide(full_cost_, num_parts_));
   }

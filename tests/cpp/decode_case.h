@@ -175,6 +175,24 @@ class CapturedDecode {
   cudaGraphExec_t graph_ = nullptr;
 };
 
+/// Holds the results of the case's first requests against the CPU's.
+inline void expect_results(const DeviceCase& device, const HostCase& expected, std::size_t batch = kSeqlens.size()) {
+  const std::vector<std::uint16_t> out = device.out.to_host();
+  const std::vector<float> lse = device.lse.to_host();
+  const std::size_t num_rows = lse.size() / kSeqlens.size() * batch;
+  for (std::size_t i = 0; i < num_rows * kHeadDimV; ++i) {
+    const float value = from_bfloat16(expected.out[i]);
+    ASSERT_NEAR(from_bfloat16(out[i]), value, 8e-4F + 2.01F / 128 * std::abs(value)) << "out at " << i;
+  }
+  for (std::size_t i = 0; i < num_rows; ++i) {
+    if (std::isinf(expected.lse[i])) {
+      ASSERT_EQ(lse[i], expected.lse[i]) << "lse at " << i;
+    } else {
+      ASSERT_NEAR(lse[i], expected.lse[i], 1e-6F + 8.01F / 65536 * std::abs(expected.lse[i])) << "lse at " << i;
+    }
+  }
+}
+
 /// Decodes on the GPU, in the current context, and holds the results against the CPU's. `rows`: of a plan that is
 /// another than what would be made.
 inline void expect_agreement(const Extents& extents, const std::vector<std::int32_t>& rows = {}) {
@@ -189,21 +207,8 @@ inline void expect_agreement(const Extents& extents, const std::vector<std::int3
   dense_decode(device.args, workspace.data(), size, stream);
   ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
   ASSERT_EQ(cudaStreamDestroy(stream), cudaSuccess);
-  const std::vector<std::uint16_t> out = device.out.to_host();
-  const std::vector<float> lse = device.lse.to_host();
-
   dense_decode(host_arguments(host, kCpu), nullptr, 0, nullptr);
-  for (std::size_t i = 0; i < host.out.size(); ++i) {
-    const float expected = from_bfloat16(host.out[i]);
-    ASSERT_NEAR(from_bfloat16(out[i]), expected, 8e-4F + 2.01F / 128 * std::abs(expected)) << "out at " << i;
-  }
-  for (std::size_t i = 0; i < host.lse.size(); ++i) {
-    if (std::isinf(host.lse[i])) {
-      ASSERT_EQ(lse[i], host.lse[i]) << "lse at " << i;
-    } else {
-      ASSERT_NEAR(lse[i], host.lse[i], 1e-6F + 8.01F / 65536 * std::abs(host.lse[i])) << "lse at " << i;
-    }
-  }
+  expect_results(device, host);
 }
 
 }  // namespace flash_mla

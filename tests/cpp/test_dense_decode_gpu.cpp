@@ -124,27 +124,31 @@ TEST_F(DenseDecodeGpu, PlansShortRequestsAsTheHostDoes) {
   }
 }
 
-/// Of a plan that is given for a request that is alone only the number of parts counts.
+/// Of a plan that is given for a request that is alone only the number of parts counts, and not even that where the
+/// block table had room for no more blocks than there are SMs.
 TEST_F(DenseDecodeGpu, PlansALoneRequestWhateverPlanIsGiven) {
-  for (const int num_heads_q : {40, 64, 128}) {
+  for (const int num_heads_q : {16, 32, 64, 128}) {
+    HostCase host(Extents{num_heads_q, 1, 64, false, 10240});
+    DenseDecodeArguments on_cpu = host_arguments(host, kCpu);
+    for (Tensor* tensor : {&on_cpu.q, &on_cpu.block_table, &on_cpu.cache_seqlens, &on_cpu.out, &on_cpu.lse}) {
+      tensor->shape[0] = 1;
+    }
+    dense_decode(on_cpu, nullptr, 0, nullptr);
     for (const int num_parts : {1, 2, 33, 132, 160}) {
       SCOPED_TRACE(std::to_string(num_heads_q) + " heads, " + std::to_string(num_parts) + " parts");
-      const HostCase host(Extents{num_heads_q, 1, 64, false, kMaxTokens, num_parts});
       DeviceCase device(host, 1);
-      const std::size_t size = dense_decode_workspace_size(device.args);
-      const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
-      const auto decode = [&] {
-        EXPECT_EQ(cudaMemset(device.out.data(), 0xff, host.out.size() * sizeof(host.out[0])), cudaSuccess);
-        dense_decode(device.args, workspace.data(), size, nullptr);
-        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-        return device.out.to_host();
-      };
-      const std::vector<std::uint16_t> out = decode();
+      const GivenPlan plan(device.args, num_parts);
       std::vector<std::int32_t> rows(num_parts * kTileSchedulerMetadataSize);
       for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<std::int32_t>(i * 7919 % 11) - 2;
-      device.plan->metadata.set(rows);
-      ASSERT_EQ(decode(), out);
-      ASSERT_NE(out[0], 0xffff);
+      plan.metadata.set(rows);
+      const std::size_t size = dense_decode_workspace_size(device.args);
+      const OnDevice<unsigned char> workspace(std::vector<unsigned char>(size, 0xff));
+      ASSERT_EQ(cudaMemset(device.out.data(), 0xff, host.out.size() * sizeof(host.out[0])), cudaSuccess);
+      ASSERT_EQ(cudaMemset(device.lse.data(), 0xff, host.lse.size() * sizeof(host.lse[0])), cudaSuccess);
+      dense_decode(device.args, workspace.data(), size, nullptr);
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      expect_results(device, host, 1);
+      if (HasFatalFailure()) return;
     }
   }
 }

@@ -248,6 +248,17 @@ TEST(Scheduler, SplitsAFewLongRequests) {
   EXPECT_EQ(plan.num_splits[4], 128);  // of two blocks each
 }
 
+/// WarpPlan takes it from the least quota for all.
+TEST(Scheduler, KeepsNoFewerRequestsWholeWithALargerQuota) {
+  for (const QueryTiles tiles : {QueryTiles::k16Rows, QueryTiles::k32Rows, QueryTiles::k64Rows, QueryTiles::kSeveral}) {
+    for (std::int64_t quota = 1; quota < 100; ++quota) {
+      EXPECT_LE(SplitPlan::longest_kept_whole(tiles, quota, quota),
+                SplitPlan::longest_kept_whole(tiles, quota + 1, quota))
+          << "quota " << quota;
+    }
+  }
+}
+
 TEST(Scheduler, GivesEqualRequestsPartsOfTheirOwn) {
   const Plan plan = make_plan(std::vector<std::int32_t>(16, 2048), 132);
   for (std::size_t p = 0; p < 128; ++p) {

@@ -181,6 +181,7 @@ def test_cache_above_two_to_the_31_elements(torch: Any, dtype: str) -> None:
 def test_very_long_request(torch: Any, num_heads_q: int) -> None:
     check(make_case(Spec((2**18,), num_heads_q=num_heads_q, rising=20.0), "cuda"))
     check(make_case(Spec((2**18, 0, 1, 100), 2, num_heads_q=num_heads_q, causal=True), "cuda"))
+    check(make_case(Spec((2**20 + 100,), num_heads_q=num_heads_q), "cuda"))  # longer than is planned in 32 bits
 
 
 @pytest.mark.gpu

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     if (warp == Traits::kQueryWarp && ptx::elect_one()) Kernel::init_query(shared);
     __syncwarp();
     ptx::wait_for_previous_grids();
-    if (lets_next_begin_at_once(params)) ptx::launch_dependents();
+    if (lets_next_begin_at_once<kPlanSource>(params)) ptx::launch_dependents();
     if (warp == Traits::kQueryWarp && ptx::elect_one()) {
       Kernel::load_first_query(params, shared, tile, head_k, /*request=*/0);
     }
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Kernel::Traits::kNumThreads, 1)
     } else {
       if (kHasKnownQuery<kPlanSource> && !has_blocks(params, shared.plan, part_idx)) Kernel::drop_known_query(shared);
       find_splits<kPlanSource>(params, part_idx, shared.plan);
-      share_splits(params, flags, shared.plan, part_idx);
+      share_splits<kPlanSource>(params, flags, shared.plan, part_idx);
       if constexpr (kMayKeepPiece<kPlanSource>)
         fetch_rest<Traits>(params, flags, shared, tile.index(params.tiling, head_k));
       clear_flags(flags, shared.plan, shared.merge_barriers, part_idx);

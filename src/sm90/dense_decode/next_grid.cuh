@@ -2,6 +2,7 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
+#include "sm90/dense_decode/plan_source.h"
 
 // When the next grid may begin, on SMs that have nothing to do. There it looks what to load first, and asks L2 for it.
 // It begins when all CTAs of this one have let it, or ended, and until all have ended it only guesses.
@@ -14,8 +15,9 @@ namespace flash_mla::sm90 {
 
 /// Whether it may as soon as this grid has begun. Not for a lone request: its CTAs end together, and leave SMs idle,
 /// and what has begun there is in their way.
+template <PlanSource kPlanSource>
 __device__ __forceinline__ bool lets_next_begin_at_once(const DenseDecodeParams& params) {
-  return !params.shares_kv && params.batch_size > 1;
+  return kPlanSource != PlanSource::kLoneRequest && !params.shares_kv;
 }
 
 /// Whether it may when the part's pieces are written, or about to be, and only merging is left: a hint, which orders

@@ -61,7 +61,7 @@ struct DenseDecodeParams {
   /// CTAs that work a request and a tile together, as a cluster, without a plan; 0: there is a plan.
   int cluster_size;
 
-  const scheduler::Part* parts;  // (num_parts,), or null: planned in the kernel, or nothing to plan
+  const scheduler::Part* parts;  // (num_parts,), or null: planned in the kernel, as one request always is, or no plan
   int num_parts;
   scheduler::QueryTiles tiles;  // what a plan that is made here depends on
 

@@ -16,8 +16,9 @@
 namespace flash_mla::sm90 {
 
 /// A request whose pieces lie in consecutive parts. Each of these parts merges a slice of it, and so do parts without
-/// work behind them where the request is alone and slices would be large. But where there are two pieces, and the
-/// second is not the last of its part and so is there early, the first part merges all: its CTA can keep its own piece.
+/// work behind them where the request is alone and slices would be large. But where the plan is given and there are two
+/// pieces, of which the second is not the last of its part and so is there early, the first part merges all: its CTA
+/// can keep its own piece.
 struct SplitRequest {
   int request;
   int first_part;
@@ -193,9 +194,9 @@ static __device__ __noinline__ void plan_part_of_long_request(const DenseDecodeP
 template <PlanSource kPlanSource>
 __device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int part_idx, PartPlan& plan) {
   scheduler::Part part;
-  SplitRequest continued{};
   if constexpr (kPlanSource == PlanSource::kGiven) {
     part = params.parts[part_idx];
+    if (threadIdx.x % 32 == 0) plan.part = part;
   } else if constexpr (kPlanSource == PlanSource::kLoneRequest) {
     const std::int32_t seqlen = min(*params.cache_seqlens, params.max_seqlen_k);
     if (seqlen > scheduler::SmallPlan::kMaxSeqlen) {
@@ -203,7 +204,7 @@ __device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int p
       return;
     }
     const std::int32_t pieces = scheduler::SmallPlan::make_alone(seqlen, params.num_parts, part_idx, part);
-    continued = lone_split(params, part_idx, pieces);
+    write_plan<kPlanSource>(params, part_idx, part, lone_split(params, part_idx, pieces), plan);
   } else {
     std::int32_t pieces;
     if (!scheduler::SmallPlan::make(params.cache_seqlens, params.batch_size, params.num_parts, params.tiles, part_idx,
@@ -211,9 +212,8 @@ __device__ __forceinline__ void plan_part(const DenseDecodeParams& params, int p
       plan_part_of_large_batch(params, part_idx, plan);
       return;
     }
-    continued = continued_split(part, pieces);
+    write_plan<kPlanSource>(params, part_idx, part, continued_split(part, pieces), plan);
   }
-  write_plan<kPlanSource>(params, part_idx, part, continued, plan);
 }
 
 /// Split request number `i` of a part whose plan is given. By one warp. None, too, where the plan contradicts itself,

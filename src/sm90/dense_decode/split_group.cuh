@@ -4,6 +4,7 @@
 
 #include "sm90/dense_decode/params.h"
 #include "sm90/dense_decode/part_plan.cuh"
+#include "sm90/dense_decode/plan_source.h"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/memory.cuh"
 #include "sm90/ptx/shared.cuh"
@@ -54,6 +55,7 @@ class TileFlags {
 
 /// Whether all CTAs that share the part's split request number `i` merge it together. By one warp. Waits until one of
 /// them has decided; none takes long over it once its piece is written.
+template <PlanSource kPlanSource>
 __device__ inline bool merge_together(const TileFlags& flags, PartPlan& plan, int part_idx, int i) {
   constexpr int kPatience = 16;  // looks, of 0.7 us
   const SplitRequest& split = plan.splits[i];
@@ -79,7 +81,8 @@ __device__ inline bool merge_together(const TileFlags& flags, PartPlan& plan, in
     }
     if (flags.is_decided(word)) return (word & TileFlags::kStateMask) == TileFlags::kTogether;
     // Who may keep its piece waits for the decision before it writes it.
-    const bool is_done = !split.has_piece(part_idx) || (i == 1 && split.first_merges_all()) ||
+    const bool is_done = !split.has_piece(part_idx) ||
+                         (kMayKeepPiece<kPlanSource> && i == 1 && split.first_merges_all()) ||
                          ptx::mbarrier_test(ptx::shared_address(&plan.piece_written[i]), 0);
     patience -= static_cast<int>(__any_sync(~0U, is_done));  // the same for all lanes
   }
@@ -87,6 +90,7 @@ __device__ inline bool merge_together(const TileFlags& flags, PartPlan& plan, in
 
 /// Takes part in merging the part's split requests, which have been found: tells of its pieces when they are written,
 /// and finds which slices it merges. By one warp, while the consumers go on.
+template <PlanSource kPlanSource>
 __device__ inline void share_splits(const DenseDecodeParams& params, const TileFlags& flags, PartPlan& plan,
                                     int part_idx) {
   const int lane = threadIdx.x % 32;
@@ -95,11 +99,11 @@ __device__ inline void share_splits(const DenseDecodeParams& params, const TileF
   for (int i = 0; i < 2; ++i) {
     const SplitRequest& split = plan.splits[i];
     if (split.num_pieces == 0) continue;
-    const bool is_together = merge_together(flags, plan, part_idx, i);
+    const bool is_together = merge_together<kPlanSource>(flags, plan, part_idx, i);
     if (lane == 0) {
       const int own = part_idx - split.first_part;
-      const bool keeps = is_together && i == 1 && split.first_merges_all();
-      if (i == 1) {
+      const bool keeps = kMayKeepPiece<kPlanSource> && is_together && i == 1 && split.first_merges_all();
+      if (kMayKeepPiece<kPlanSource> && i == 1) {
         plan.keeps_piece = static_cast<int>(keeps);
         ptx::mbarrier_arrive(ptx::shared_address(&plan.keeping_known));
       }
