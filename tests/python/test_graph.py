@@ -99,7 +99,7 @@ def test_metadata_updated_in_place(torch: Any, case: Case) -> None:
 @pytest.mark.parametrize("lengths", [(9000, 70), (9000,)])
 @pytest.mark.parametrize("num_heads_q", [16, 128])
 def test_replayed_before_there_is_a_plan(torch: Any, num_heads_q: int, lengths: tuple[int, ...]) -> None:
-    """Arrays that hold no plan yet give no result, unless there is one request, and leave nothing behind for replays."""
+    """Arrays that hold no plan yet give no result, where there are several requests, and leave nothing behind."""
     case = make_case(Spec(lengths, num_heads_q=num_heads_q), "cuda")
     planned = plan(case)
     good = {name: array.clone() for name, array in planned.items()}
