@@ -100,8 +100,8 @@ class WarpPlan {
     return may_keep_whole(batch_size_) && longest_ <= plan_.longest_kept_whole(tiles, quota);
   }
 
-  /// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none. From
-  /// `least` on, with which parts are not many more than suffice.
+  /// The least quota of blocks with which parts suffice for each request to have its own, 0 if there is none. With less
+  /// than `least` they cannot; with that or more, at most max_parts + batch_size are counted.
   __device__ std::int64_t find_quota(std::int64_t least) const {
     const std::int64_t largest = plan_.largest_quota();
 #pragma unroll 1

@@ -153,7 +153,8 @@ TEST_F(DenseDecodeGpu, PlansALoneRequestWhateverPlanIsGiven) {
   }
 }
 
-/// A decode may begin while the kernel before it still writes lengths, pages and the plan.
+/// A decode may begin while the kernel before it still writes lengths, pages and the plan. (Of one request the plan is
+/// not read: whatever is there does no harm.)
 TEST_F(DenseDecodeGpu, ReadsWhatIsWrittenLate) {
   struct Case {
     Extents extents;
